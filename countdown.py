@@ -1,0 +1,412 @@
+"""Countdown, the numbers game: reach the target from a few numbers with + - * /, each number at most once.
+
+Holds the whole task and no model: problems and leak-free splits, an exact solver, the prompt, and the verifier
+with its rewards. Model output is hostile input: it is parsed, never evaluated, and time and size are bounded.
+
+Deviations from the post (Tambde 2026): the distribution over plays is enumerated instead of simulated (same
+distribution, proven in the tests); train, validation and test share no multiset of numbers; the verifier reads
+only the completion, wants exactly one answer and checks intermediate results.
+
+    python countdown.py --out data            # writes data/{train,validation,test}.jsonl, prints statistics
+"""
+
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+SHARES = {"test": 0.25, "validation": 0.10, "train": 0.65}  # of the number multisets
+PLAYS = 10_000  # random plays behind one target
+MAX_PLAYS_ENUMERATED = 10_000_000  # a 5-number game has 737,280 plays, a 6-number game 88 million
+MAX_COMPLETION = 50_000  # characters; a longer completion is not read
+MAX_EXPRESSION = 200  # characters inside <answer>
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Reach `target` (a positive integer) from `numbers` (positive integers, in the order shown to the model)."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+
+# ------------------------------------------------------------------------------------------------ playing the game
+
+
+def legal_moves(numbers: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, tuple[int, ...]]]:
+    """Every move of the random play as (a, operator, b, result, sorted numbers left), one per ordered pair.
+
+    a - b needs a > b; a * b needs both factors above 1; a / b needs an exact division and b above 1. Equal numbers
+    at different places give equal moves, so a uniform choice among what is yielded is the post's redrawing.
+    """
+    for i, a in enumerate(numbers):
+        for j, b in enumerate(numbers):
+            if i == j:
+                continue
+            rest = [n for k, n in enumerate(numbers) if k != i and k != j]
+            yield a, "+", b, a + b, tuple(sorted([*rest, a + b]))
+            if a > b:
+                yield a, "-", b, a - b, tuple(sorted([*rest, a - b]))
+            if a > 1 and b > 1:
+                yield a, "*", b, a * b, tuple(sorted([*rest, a * b]))
+            if b > 1 and a % b == 0:
+                yield a, "/", b, a // b, tuple(sorted([*rest, a // b]))
+
+
+@lru_cache(maxsize=None)
+def play_distribution(state: tuple[int, ...]) -> dict[int, float]:
+    """The exact probability of each final result of one uniformly random play from `state` (sorted)."""
+    if len(state) == 1:
+        return {state[0]: 1.0}
+    following: dict[tuple[int, ...], int] = {}
+    for *_, left in legal_moves(state):
+        following[left] = following.get(left, 0) + 1
+    total = sum(following.values())
+    distribution: dict[int, float] = {}
+    for left, count in following.items():
+        for result, probability in play_distribution(left).items():
+            distribution[result] = distribution.get(result, 0.0) + probability * count / total
+    return distribution
+
+
+def rarest_result(numbers: tuple[int, ...], rng: np.random.Generator, plays: int = PLAYS) -> int:
+    """The result seen least often in `plays` random plays (ties broken at random): the post's target."""
+    distribution = play_distribution(tuple(sorted(numbers)))
+    counts = rng.multinomial(plays, list(distribution.values()))  # [results]
+    seen = np.flatnonzero(counts)
+    rarest = seen[counts[seen] == counts[seen].min()]
+    return list(distribution)[rng.choice(rarest)]
+
+
+@lru_cache(maxsize=None)
+def reachable(state: tuple[int, ...]) -> frozenset[int]:
+    """All values of `state` (sorted) reachable with each number used at most once and positive whole steps."""
+    values = set(state)
+    for *_, left in legal_moves(state):
+        values |= reachable(left)
+    return frozenset(values)
+
+
+def solvable(state: tuple[int, ...], target: int) -> bool:
+    """Whether `target` can still be reached from the numbers left: the oracle that measures the critic."""
+    return target in reachable(tuple(sorted(state)))
+
+
+def solve(numbers: tuple[int, ...]) -> dict[int, str]:
+    """One expression for every reachable value, e.g. solve((2, 3))[6] == "2 * 3"."""
+    found: dict[int, str] = {}
+    seen: set[tuple[int, ...]] = set()
+
+    def visit(items: list[tuple[int, str]]) -> None:
+        state = tuple(value for value, _ in items)
+        if state in seen:
+            return
+        seen.add(state)
+        for value, expression in items:
+            found.setdefault(value, expression)
+        for i, j in combinations(range(len(items)), 2):
+            rest = [item for k, item in enumerate(items) if k not in (i, j)]
+            for (a, left), (b, right) in ((items[i], items[j]), (items[j], items[i])):
+                for x, operator, y, result, _ in legal_moves((a, b)):
+                    if (x, y) == (a, b):
+                        visit(sorted([*rest, (result, f"{enclose(left)} {operator} {enclose(right)}")]))
+
+    visit(sorted((n, str(n)) for n in numbers))
+    return found
+
+
+def enclose(expression: str) -> str:
+    """`expression` as an operand: in parentheses unless it is a lone number."""
+    return expression if expression.isdigit() else f"({expression})"
+
+
+STEP = re.compile(r"([0-9]{1,6}) ?([-+*/]) ?([0-9]{1,6}) ?= ?([0-9]{1,9})(?![0-9])")
+
+
+def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
+    """The numbers left after a step such as "3 * 4 = 12 left 5 7 12", or None if it is illegal or miscalculated.
+
+    Reads the equation and, if the step lists what is left, checks that too. `state` need not be sorted.
+    """
+    if not (match := STEP.search(step[:MAX_EXPRESSION])):
+        return None
+    a, operator, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
+    rest = list(state)
+    if a not in rest or b not in rest or (a == b and rest.count(a) < 2):
+        return None
+    rest.remove(a)
+    rest.remove(b)
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}[operator]
+    if result != c or result <= 0:
+        return None
+    left = tuple(sorted([*rest, result]))
+    listed = re.findall(r"[0-9]+", step[match.end() : MAX_EXPRESSION])
+    return left if not listed or tuple(sorted(map(int, listed))) == left else None
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+
+def split_of(numbers: tuple[int, ...]) -> str:
+    """The split that a multiset of numbers belongs to, by a hash of it: no seed moves a problem between splits,
+    so a policy pretrained on the training multisets has seen no test multiset, whatever the seed of a run."""
+    digest = hashlib.sha256(" ".join(map(str, sorted(numbers))).encode()).digest()
+    point = int.from_bytes(digest[:8], "big") / 2**64
+    for name, share in SHARES.items():
+        point -= share
+        if point < 0:
+            return name
+    return "train"
+
+
+def make_problems(
+    count: int, split: str, *, size: int = 4, highest: int = 13, plays: int = PLAYS, seed: int = 0
+) -> list[Problem]:
+    """`count` problems of one split: `size` numbers uniform in 1..highest, target = rarest of `plays` plays.
+
+    split: "train" (distinct number sequence and target), "validation" or "test" (distinct multiset and target), or
+    "post" (the original's way: any multiset, duplicates kept; a test set made so leaks into the training set).
+    Raises ValueError for a size or range that can't be enumerated, or for more problems than the split has.
+    """
+    if count < 0 or highest < 2 or size < 2 or plays < 1:
+        raise ValueError("count >= 0, highest >= 2, size >= 2 and plays >= 1 are needed")
+    if split not in (*SHARES, "post"):
+        raise ValueError(f"split must be one of {', '.join(SHARES)} or post, not {split!r}")
+    if (total := math.prod(4 * k * (k - 1) for k in range(2, size + 1))) > MAX_PLAYS_ENUMERATED:
+        raise ValueError(f"a {size}-number game has up to {total:,} plays, too many to enumerate; ask for at most 5")
+    rng = np.random.default_rng([seed, *split.encode()])
+    problems: list[Problem] = []
+    seen: set[tuple[tuple[int, ...], int]] = set()
+    misses = 0  # draws in a row that gave nothing new
+    while len(problems) < count:
+        if misses > 2_000:
+            raise ValueError(f"found only {len(problems)} distinct {split} problems of size {size}; ask for fewer")
+        numbers = tuple(int(n) for n in rng.integers(1, highest + 1, size))
+        if split != "post" and split_of(numbers) != split:
+            continue
+        problem = Problem(numbers, rarest_result(numbers, rng, plays))
+        key = (numbers if split == "train" else tuple(sorted(numbers)), problem.target)
+        if split != "post" and key in seen:
+            misses += 1
+            continue
+        misses = 0
+        seen.add(key)
+        problems.append(problem)
+    return problems
+
+
+def make_splits(
+    split: str = "multiset", *, train: int = 20_000, validation: int = 200, test: int = 820, **game
+) -> dict[str, list[Problem]]:
+    """The data sets by name. split="multiset" shares no multiset between them; split="post" leaks on purpose."""
+    counts = {"train": train, "validation": validation, "test": test}
+    if split == "multiset":
+        return {name: make_problems(count, name, **game) for name, count in counts.items()}
+    if split != "post":
+        raise ValueError(f"split must be multiset or post, not {split!r}")
+    warnings.warn("split=post leaks: nearly every test problem is a training problem in another order", stacklevel=2)
+    pool = make_problems(sum(counts.values()), "post", **game)
+    return {name: [pool.pop() for _ in range(count)] for name, count in counts.items()}
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Problems from a JSONL file with "numbers" and "target"; ValueError names the first bad line."""
+    problems = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            problem = Problem(tuple(row["numbers"]), row["target"])
+            if not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
+                raise ValueError("numbers and target must be positive integers")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a problem ({error})") from None
+        problems.append(problem)
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------ prompt
+
+RULES = """\
+You play Countdown. Combine the given numbers with + - * / and reach the target exactly.
+Each number may be used at most once, and every intermediate result must be a positive whole number.
+Work in steps, one operation a step: <step> a * b = c left d e c </step>, where the numbers after "left" are those \
+that remain. Finish with one expression made of the given numbers: <answer> (a * b + d) / e </answer>"""
+
+
+def prompt(problem: Problem) -> list[dict[str, str]]:
+    """The chat messages of a problem: the rules as system text, numbers and target as user text."""
+    numbers = " ".join(map(str, problem.numbers))
+    return [
+        {"role": "system", "content": RULES},
+        {"role": "user", "content": f"Numbers: {numbers} Target: {problem.target}"},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ verifier
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What the verifier found. `value` is the dense reward in [-1, 1] for training, `correct` the sparse one for
+    evaluation (correct <=> value == 1), `parsed` whether an expression that keeps the rules was read."""
+
+    value: float
+    correct: bool
+    parsed: bool
+    reason: str
+
+
+class Refused(Exception):
+    """An answer that breaks the rules; the message is the reason."""
+
+
+def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
+    """Grade a completion (the prompt is never looked at). Takes under 1 ms for any input.
+
+    The rule: exactly one <answer> and one </answer>, holding an expression of at most 200 characters made of
+    integers, + - * / and parentheses, in which each given number appears at most once. With strict=True every
+    intermediate result must be a positive integer, as the prompt asks; strict=False allows any rational (the post).
+
+    Dense reward (post): -1 without an answer, -0.9 for one that breaks the rule, else
+    1 - 2 min(|value - target| / target, 1).
+    """
+    if len(completion) > MAX_COMPLETION:
+        return Reward(-1.0, False, False, "too long")
+    start, end = completion.find("<answer>"), completion.find("</answer>")
+    if start < 0 or end < start:
+        return Reward(-1.0, False, False, "no answer")
+    try:
+        if completion.count("<answer>") > 1 or completion.count("</answer>") > 1:
+            raise Refused("several answers")
+        value = evaluate_expression(completion[start + len("<answer>") : end], problem.numbers, strict)
+    except Refused as refusal:
+        return Reward(-0.9, False, False, str(refusal))
+    if value == problem.target:
+        return Reward(1.0, True, True, "correct")
+    error = min(abs(value - problem.target) / problem.target, 1)
+    return Reward(float(1 - 2 * error), False, True, "wrong value")
+
+
+TOKEN = re.compile(r"[ \t\n]*([1-9][0-9]*|[-+*/()])")
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def evaluate_expression(text: str, numbers: tuple[int, ...], strict: bool = True) -> int | Fraction:
+    """The exact value of an arithmetic expression over `numbers`; raises Refused with the reason.
+
+    Precedence climbing: at most two Python frames for each opening parenthesis, and at most 200 characters.
+    """
+    if len(text) > MAX_EXPRESSION:
+        raise Refused("expression too long")
+    text = text.strip(" \t\n")
+    tokens, at = [], 0
+    while at < len(text):
+        if not (match := TOKEN.match(text, at)):
+            raise Refused("syntax")
+        tokens.append(match[1])
+        at = match.end()
+    tokens.append("end")
+    tokens.reverse()  # a stack: the next token is the last
+    unused = list(numbers)
+
+    def operand() -> int | Fraction:
+        token = tokens.pop()
+        if token == "(":
+            value = expression(1)
+            if tokens.pop() != ")":
+                raise Refused("syntax")
+            return value
+        if not token.isdigit():
+            raise Refused("syntax")
+        if len(token) > 9 or int(token) not in unused:
+            raise Refused("numbers")
+        unused.remove(int(token))
+        return int(token)
+
+    def expression(lowest: int) -> int | Fraction:
+        value = operand()
+        while PRECEDENCE.get(tokens[-1], 0) >= lowest:
+            operator = tokens.pop()
+            value = apply(operator, value, expression(PRECEDENCE[operator] + 1), strict)
+        return value
+
+    value = expression(1)
+    if tokens != ["end"]:
+        raise Refused("syntax")
+    return value
+
+
+def apply(operator: str, a: int | Fraction, b: int | Fraction, strict: bool) -> int | Fraction:
+    """a operator b, exactly; raises Refused for a division by zero and, if strict, for a result outside 1, 2, …"""
+    if operator == "+":
+        return a + b
+    if operator == "*":
+        return a * b
+    if operator == "-":
+        value = a - b
+    elif b == 0:
+        raise Refused("division by zero")
+    else:
+        value = Fraction(a) / b
+        value = value.numerator if value.denominator == 1 else value
+    if strict and (value <= 0 or type(value) is not int):
+        raise Refused("intermediate")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass
+class DataConfig:
+    """Write Countdown data sets as JSONL and print their statistics."""
+
+    out: Path = Path("data")
+    split: str = "multiset"  # multiset (no leak) or post (leaks, for comparison)
+    train: int = 20_000
+    validation: int = 200
+    test: int = 820
+    size: int = 4  # numbers in a problem
+    highest: int = 13
+    plays: int = PLAYS
+    seed: int = 0
+    preview: int = field(default=3)  # solved problems to print
+
+
+def main(config: DataConfig) -> None:
+    arguments = asdict(config)
+    out, preview = arguments.pop("out"), arguments.pop("preview")
+    splits = make_splits(**arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    train = {tuple(sorted(p.numbers)) for p in splits["train"]}
+    for name, problems in splits.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
+        targets = np.quantile([p.target for p in problems] or [0], [0.1, 0.5, 0.9, 1]).astype(int)
+        multisets = {tuple(sorted(p.numbers)) for p in problems}
+        print(
+            f"{name:10s} {len(problems):6d} problems, {len(multisets):5d} multisets, "
+            f"{len(multisets & train) if name != 'train' else 0:4d} of them in train; "
+            f"target 10 % {targets[0]}, median {targets[1]}, 90 % {targets[2]}, max {targets[3]}"
+        )
+    for problem in random.Random(config.seed).sample(splits["test"], min(preview, len(splits["test"]))):
+        print(f"  {problem.numbers} -> {problem.target} = {solve(problem.numbers)[problem.target]}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(DataConfig))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
