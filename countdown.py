@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def legal_moves(numbers: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, 
                 yield a, "/", b, a // b, tuple(sorted([*rest, a // b]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def play_distribution(state: tuple[int, ...]) -> dict[int, float]:
     """The exact probability of each final result of one uniformly random play from `state` (sorted)."""
     if len(state) == 1:
@@ -89,7 +89,7 @@ def rarest_result(numbers: tuple[int, ...], rng: np.random.Generator, plays: int
     return list(distribution)[rng.choice(rarest)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def reachable(state: tuple[int, ...]) -> frozenset[int]:
     """All values of `state` (sorted) reachable with each number used at most once and positive whole steps."""
     values = set(state)
@@ -132,6 +132,7 @@ def enclose(expression: str) -> str:
 
 
 STEP = re.compile(r"([0-9]{1,6}) ?([-+*/]) ?([0-9]{1,6}) ?= ?([0-9]{1,9})(?![0-9])")
+CUT = re.compile(r"[0-9)] ?[-+*/] ?$|[0-9.]$")  # before a step: it is only the tail of a longer equation or number
 
 
 def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
@@ -140,6 +141,8 @@ def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
     Reads the equation and, if the step lists what is left, checks that too. `state` need not be sorted.
     """
     if not (match := STEP.search(step[:MAX_EXPRESSION])):
+        return None
+    if CUT.search(step[: match.start()]):
         return None
     a, operator, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
     rest = list(state)
@@ -188,9 +191,10 @@ def make_problems(
     rng = np.random.default_rng([seed, *split.encode()])
     problems: list[Problem] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
-    misses = 0  # draws in a row that gave nothing new
+    misses = 0  # draws in a row that gave nothing new, other splits' included: a small game may leave a split empty
     while len(problems) < count:
-        if misses > 2_000:
+        misses += 1
+        if misses > 20_000:
             raise ValueError(f"found only {len(problems)} distinct {split} problems of size {size}; ask for fewer")
         numbers = tuple(int(n) for n in rng.integers(1, highest + 1, size))
         if split != "post" and split_of(numbers) != split:
@@ -198,7 +202,6 @@ def make_problems(
         problem = Problem(numbers, rarest_result(numbers, rng, plays))
         key = (numbers if split == "train" else tuple(sorted(numbers)), problem.target)
         if split != "post" and key in seen:
-            misses += 1
             continue
         misses = 0
         seen.add(key)
@@ -295,7 +298,8 @@ def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     if value == problem.target:
         return Reward(1.0, True, True, "correct")
     error = min(abs(value - problem.target) / problem.target, 1)
-    return Reward(float(1 - 2 * error), False, True, "wrong value")
+    below_1 = math.nextafter(1.0, 0.0)  # a near miss of a target above 1e16 would round to 1
+    return Reward(min(float(1 - 2 * error), below_1), False, True, "wrong value")
 
 
 TOKEN = re.compile(r"[ \t\n]*([1-9][0-9]*|[-+*/()])")

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from countdown import Problem, enclose, legal_moves, make_problems, play_distribution, prompt, split_of
+from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
 
 LARGEST = 255  # integers up to here are one token; a longer one goes on with a token a digit: 468 is 46 ##8
 TAGS = ["<step>", "</step>", "<answer>", "</answer>"]
@@ -55,7 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # ------------------------------------------------------------------------------------------------ games
 
 
-@lru_cache(maxsize=None)
+@cache
 def posterior(state: tuple[int, ...], result: int) -> tuple[list[tuple], list[float]]:
     """The moves from `state` and, for each, the (unnormalised) probability that random play then ends at `result`."""
     moves = list(legal_moves(state))
@@ -122,13 +122,13 @@ class PretrainConfig:
     """Train the embedded Countdown policy from nothing."""
 
     out: Path = Path("assets/tiny")
-    steps: int = 6_500
+    steps: int = 5_000
     batch: int = 256  # games a step
     width: int = 56  # tokens a game
     learning_rate: float = 0.01  # Muon, on the matrices of the layers
     adam_learning_rate: float = 3e-3  # AdamW, on the embedding and the norms
     warmup: int = 200  # steps
-    on_target: float = 1.0  # share of games that state their own result as the target
+    on_target: float = 0.3  # share of games that state their own result as the target
     rarity: float = 0.5  # results are drawn by P(result)^rarity: 1 is random play, 0 uniform over what is reachable
     largest_result: int = 999
     size: int = 4
@@ -208,7 +208,9 @@ def pretrain(config: PretrainConfig) -> None:
             print(f"step {step + 1}, loss {loss.item():.4f}, {saved['seconds']:.0f} s", flush=True)
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    (config.out / "pretrain.json").write_text(json.dumps(asdict(config) | {"seconds": time.time() - began}, default=str))
+    (config.out / "pretrain.json").write_text(
+        json.dumps(asdict(config) | {"seconds": time.time() - began}, default=str)
+    )
 
 
 if __name__ == "__main__":

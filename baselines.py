@@ -1,0 +1,67 @@
+"""The rivals of tree search distillation, in the same trainer: only where trajectories come from differs.
+
+    python baselines.py --method best-of-n    # the best of N samples goes to the trainer that search would feed
+    python baselines.py --method cispo        # groups of samples, advantage (R - mean) / std, CISPO loss
+    python baselines.py --method grpo         # the same groups with the clipped PPO loss
+
+Deviation from the post: optimiser, schedule, KL, temperature and precision are those of the search run, not
+TRL's defaults. All options of ppo.py apply.
+"""
+
+import sys
+
+import numpy as np
+
+import runs
+from countdown import Problem
+from policy import Policy
+from ppo import Collected, Config, run, sample_rows
+from sampling import Sampler
+
+
+def collect_best_of_n(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
+    """The sample with the highest dense reward of each problem (the first of equals), advantage R - V as for search."""
+    rows, usage = sample_rows(policy, sampler, problems, config.samples, config, rng)
+    best = [max(row, key=lambda trajectory: trajectory.reward.value) for row in rows]
+    return best, usage, {"solved": float(np.mean([t.reward.correct for t in best]))}
+
+
+def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
+    """All samples of each problem with the group advantage; groups of equal rewards teach nothing and are left out."""
+    rows, usage = sample_rows(policy, sampler, problems, config.samples, config, rng)
+    trained = []
+    for row in rows:
+        advantages = group_advantages([t.reward.value for t in row])
+        if np.any(advantages):
+            for trajectory, advantage in zip(row, advantages):
+                trajectory.advantage = float(advantage)
+            trained += row
+    everything = [t for row in rows for t in row]
+    info = {
+        "sample_reward": float(np.mean([t.reward.value for t in everything])),
+        "solved": float(np.mean([any(t.reward.correct for t in row) for row in rows])),
+    }
+    return trained, usage, info
+
+
+def group_advantages(rewards: list[float]) -> np.ndarray:
+    """(R - mean) / (std + 1e-4) over a group, sample standard deviation (GRPO, Shao et al. 2024; as TRL computes it)."""
+    values = np.asarray(rewards)
+    return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+
+
+COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": collect_groups}
+
+
+def main() -> None:
+    args = sys.argv[1:]
+    if args[:1] == ["--resume"]:
+        run(COLLECTORS, args, "cispo")
+    elif len(args) < 2 or args[0] != "--method" or args[1] not in COLLECTORS:
+        runs.fail(f"start with --method {' | '.join(COLLECTORS)}, then any option of ppo.py")
+    else:
+        run(COLLECTORS, args[2:], args[1])
+
+
+if __name__ == "__main__":
+    runs.command(main)

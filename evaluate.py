@@ -1,0 +1,217 @@
+"""Evaluation: mean@k and pass@k with 95 % intervals, and search at test time against best-of-N at equal tokens.
+
+    python evaluate.py runs/mcts                                       # the trained policy alone, no search
+    python evaluate.py assets/tiny --search mcts --budget 1024         # a tree a problem, up to 1,024 tokens each
+    python evaluate.py assets/tiny --search best-of-n --budget 1024    # its rival at the same budget
+
+mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
+With search, one answer a problem is chosen, either by the verifier's dense reward (best-of-n; and the tree's best
+graded answer): Countdown's verifier needs no secret, so a deployed solver has it too.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import runs
+from countdown import Problem, make_problems, read_problems
+from mcts import SearchConfig, best_answer, search
+from policy import TINY, Policy, load_policy, pick_device
+from sampling import Sampler, TorchSampler, Trajectory, Usage, complete, stream
+
+CHUNK = 64  # problems sampled between two updates of the progress bar
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from n >= k samples: 1 - C(n-c, k) / C(n, k)
+    (Chen et al. 2021, eq. 1)."""
+    if not 0 <= correct <= n or not 1 <= k <= n:
+        raise ValueError(f"0 <= correct <= n and 1 <= k <= n are needed, not n={n}, correct={correct}, k={k}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def bootstrap(per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean over problems, resampling problems with replacement."""
+    rng = np.random.default_rng(seed)
+    size = len(per_problem)
+    means = [per_problem[rng.integers(0, size, (100, size))].mean(1) for _ in range(draws // 100)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass
+class Score:
+    """What an evaluation found. Shares in [0, 1]; intervals are 95 % bootstrap over problems."""
+
+    problems: int
+    samples: int  # k
+    mean_at_k: float
+    mean_low: float
+    mean_high: float
+    pass_at_k: float
+    pass_low: float
+    pass_high: float
+    reward: float  # mean dense reward in [-1, 1]
+    parsed: float  # share of completions that keep the format and the number rule
+    usage: Usage
+
+    @classmethod
+    def of(cls, rewards: list[list], usage: Usage) -> "Score":
+        """From k rewards a problem."""
+        correct = np.array([[r.correct for r in row] for row in rewards], float)  # [problems, k]
+        passed = np.array([pass_at_k(len(row), sum(r.correct for r in row), len(row)) for row in rewards])
+        flat = [r for row in rewards for r in row]
+        return cls(
+            len(rewards),
+            correct.shape[1],
+            float(correct.mean()),
+            *bootstrap(correct.mean(1)),
+            float(passed.mean()),
+            *bootstrap(passed),
+            float(np.mean([r.value for r in flat])),
+            float(np.mean([r.parsed for r in flat])),
+            usage,
+        )
+
+    def line(self) -> str:
+        return (
+            f"mean@{self.samples} {self.mean_at_k:.2%} [{self.mean_low:.2%}, {self.mean_high:.2%}]  "
+            f"pass@{self.samples} {self.pass_at_k:.2%}  reward {self.reward:+.3f}  format {self.parsed:.1%}"
+        )
+
+
+def evaluate(
+    policy: Policy,
+    sampler: Sampler,
+    problems: list[Problem],
+    samples: int = 16,
+    temperature: float = 1.0,
+    max_tokens: int = 512,
+    seed: int = 0,
+    progress: bool = False,
+) -> Score:
+    """mean@k and pass@k of the policy alone, k = `samples`. Sample j of problem i depends on (seed, i) alone."""
+    rewards, usage = [], Usage()
+    starts = tqdm(range(0, len(problems), CHUNK), desc="evaluate", leave=False, disable=not progress)
+    for start in starts:
+        some = problems[start : start + CHUNK]
+        seeds = [stream(seed, start + i) for i in range(len(some))]
+        rows, used = complete(policy, sampler, some, samples, seeds, max_tokens, temperature, "evaluate")
+        rewards += [[t.reward for t in row] for row in rows]
+        usage += used
+    return Score.of(rewards, usage)
+
+
+def evaluate_search(
+    policy: Policy,
+    sampler: Sampler,
+    problems: list[Problem],
+    method: str,
+    config: SearchConfig,
+    seed: int = 0,
+    progress: bool = False,
+) -> Score:
+    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens."""
+    rewards, usage = [], Usage()
+    for start in tqdm(range(0, len(problems), CHUNK), desc=method, leave=False, disable=not progress):
+        some = problems[start : start + CHUNK]
+        seeds = [stream(seed, start + i) for i in range(len(some))]
+        if method == "mcts":
+            prompts = [policy.encode(problem) for problem in some]
+            trees, used = search(some, prompts, sampler, policy.values, policy.grade, config, seeds)
+            chosen = [best_answer(tree, config) for tree in trees]
+            rewards += [[node.reward if node else policy.grade(p, [])] for node, p in zip(chosen, some)]
+        else:
+            rows, used = best_of_budget(policy, sampler, some, config, seeds)
+            rewards += [[max((t.reward for t in row), key=lambda reward: reward.value)] for row in rows]
+        usage += used
+    return Score.of(rewards, usage)
+
+
+def best_of_budget(
+    policy: Policy, sampler: Sampler, problems: list[Problem], config: SearchConfig, seeds: list[int]
+) -> tuple[list[list[Trajectory]], Usage]:
+    """For each problem the first samples that fit into config.token_budget (at least one). Samples are drawn in
+    blocks of 8; usage counts the tokens of those that are used."""
+    rows: list[list[Trajectory]] = [[] for _ in problems]
+    seconds, block = 0.0, 0
+    while min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget or block == 0:
+        streams = [stream(seed, block) for seed in seeds]
+        drawn, used = complete(
+            policy, sampler, problems, 8, streams, config.max_tokens, config.temperature, "best-of-n"
+        )
+        rows = [row + more for row, more in zip(rows, drawn)]
+        seconds, block = seconds + used.seconds, block + 1
+    for i, row in enumerate(rows):
+        spent = np.cumsum([len(t.completion) for t in row])
+        rows[i] = row[: max(1, int((spent <= config.token_budget).sum()))]
+    generated = sum(len(t.completion) for row in rows for t in row)
+    return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a run, a saved policy or a Hugging Face model on Countdown, with or without search."""
+
+    model: tyro.conf.Positional[str] = str(TINY)  # a run folder, a policy's folder or a Hugging Face name
+    search: str = "none"  # none, mcts, best-of-n
+    budget: int = 1024  # tokens a problem, with search
+    data: Path | None = None  # JSONL problems; default: the test split
+    problems: int = 820
+    size: int = 4  # numbers in a problem
+    samples: int = 16  # completions a problem, without search
+    temperature: float = 1.0
+    max_tokens: int = 64  # of a completion
+    simulations: int = 1024  # visits a tree at most, with mcts
+    children: int = 4
+    workers: int = 1
+    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0
+    out: Path | None = None  # write the result as JSON here
+
+    def __post_init__(self):
+        if self.search not in ("none", "mcts", "best-of-n"):
+            raise ValueError(f"search must be none, mcts or best-of-n, not {self.search!r}")
+        if min(self.problems, self.samples, self.max_tokens, self.budget) < 1 or self.temperature <= 0:
+            raise ValueError("problems, samples, max-tokens and budget must be at least 1, temperature above 0")
+
+
+def main() -> None:
+    config = runs.read_config(EvaluateConfig)
+    problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
+    folder = Path(config.model)
+    policy = load_policy(
+        folder / "policy" if (folder / "policy").exists() else config.model, 0, pick_device(config.device)
+    )
+    sampler = TorchSampler(policy)
+    if config.search == "none":
+        score = evaluate(
+            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True
+        )
+    else:
+        settings = SearchConfig(
+            simulations=config.simulations,
+            children=config.children,
+            workers=config.workers,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            token_budget=config.budget,
+        )
+        score = evaluate_search(policy, sampler, problems, config.search, settings, config.seed, True)
+    tokens = score.usage.generated / score.problems
+    print(f"{config.model}, search={config.search}: {score.line()}")
+    print(
+        f"{tokens:.0f} tokens generated a problem, {score.usage.prefilled / score.problems:.0f} prefilled, "
+        f"{score.usage.seconds:.0f} s in all"
+    )
+    if config.out:
+        runs.write(config.out, json.dumps(asdict(score) | asdict(config) | runs.provenance(), default=str, indent=1))
+
+
+if __name__ == "__main__":
+    runs.command(main)

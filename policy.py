@@ -1,0 +1,253 @@
+"""The policy: a causal language model, its value head and its tokenizer.
+
+One base model serves three roles. Adapter on (or trained weights) is the policy pi, adapter off is the frozen
+reference of the KL penalty, and the same value head on the same final hidden state is the critic of the search and
+of the trainer. Trainable weights are fp32. Logits are computed in chunks and never for a whole batch at once.
+
+Deviations from the post: one critic with one normalisation (the original trained with a LayerNorm that its search
+left out), fp32 trainable weights instead of bf16, and a value head whose gradient stops at the backbone by default.
+"""
+
+import copy
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from countdown import Problem, Reward, prompt, verify
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+LOGIT_CHUNK = 2**22  # elements of [rows, vocabulary] alive at once
+
+
+class ValueHead(nn.Module):
+    """V(s) in [-1, 1] from the final hidden state of the state's last token: LayerNorm, then an MLP h -> 4h -> h -> 1
+    with ReLU and a tanh at the end (the post). The last layer starts at zero, so an untrained critic says 0."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, 4 * hidden),
+            nn.ReLU(),
+            nn.Linear(4 * hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.layers(hidden.float())).squeeze(-1)  # [...]
+
+
+@dataclass
+class Batch:
+    """Left-padded sequences of prompt and completion, the completion at the right end. All tensors on one device."""
+
+    ids: Tensor  # [B, L] prompt and completion
+    attention: Tensor  # [B, L] 1 on tokens
+    completion: Tensor  # [B, T] 1 on the completion's tokens, at the right end of ids
+
+
+def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] padded on the left, and the attention mask [B, L]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    attention = (torch.arange(width) >= (width - lengths)[:, None]).long()
+    return ids.to(device), attention.to(device)
+
+
+class Policy(nn.Module):
+    """A causal LM with a value head. `version` counts the updates that its weights have seen."""
+
+    def __init__(self, lm: nn.Module, tokenizer, lora: bool):
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.lora = lora
+        self.value_head = ValueHead(lm.config.hidden_size)
+        self.reference = None if lora else copy.deepcopy(lm).requires_grad_(False)
+        self.version = 0
+        self.to(lm.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that end a completion."""
+        stops = self.lm.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+
+    def encode(self, problem: Problem) -> list[int]:
+        """The prompt's token ids, up to where the assistant speaks."""
+        text = self.tokenizer.apply_chat_template(prompt(problem), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, completion: list[int]) -> str:
+        return self.tokenizer.decode(completion, skip_special_tokens=True)
+
+    def grade(self, problem: Problem, completion: list[int], strict: bool = True) -> Reward:
+        """The verifier's reward of a completion given as token ids."""
+        return verify(self.decode(completion), problem, strict)
+
+    # -------------------------------------------------------------------------------------------- forward passes
+
+    def hidden(self, ids: Tensor, attention: Tensor, reference: bool = False, **cache):
+        """The backbone's output, hidden states [B, L, H] first; positions follow the attention mask."""
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, L]
+        lm = self.lm if self.lora or not reference else self.reference
+        backbone = lm.get_base_model().model if self.lora else lm.model
+        return backbone(input_ids=ids, attention_mask=attention, position_ids=positions, **cache)
+
+    @contextmanager
+    def as_reference(self):
+        """Inside, `self.lm` is the frozen reference where that is the same model with its adapter off."""
+        if not self.lora:
+            yield
+        else:
+            with self.lm.disable_adapter():
+                yield
+
+    def head(self, hidden: Tensor, reference: bool = False) -> Tensor:
+        """Logits [..., V] in fp32 from hidden states [..., H]."""
+        lm = self.reference if reference and not self.lora else self.lm
+        return lm.get_output_embeddings()(hidden).float()
+
+    @torch.no_grad()
+    def values(self, states: list[list[int]]) -> list[float]:
+        """The critic: V(s) in [-1, 1] of each state, a token sequence, from its last token."""
+        ids, attention = left_pad(states, self.tokenizer.pad_token_id, self.device)
+        hidden = self.hidden(ids, attention).last_hidden_state[:, -1]  # [B, H]
+        return self.value_head(hidden).tolist()
+
+    def batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
+        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        ids, attention = left_pad(rows, self.tokenizer.pad_token_id, self.device)
+        lengths = torch.tensor([len(c) for c in completions], device=self.device)
+        width = int(lengths.max())
+        completion = (torch.arange(width, device=self.device) >= (width - lengths)[:, None]).float()  # [B, T]
+        return Batch(ids, attention, completion)
+
+    def logprobs_and_values(
+        self, batch: Batch, temperature: float = 1.0, value_gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log pi(a_t | s_t) at `temperature`, V(s_t) and the entropy of pi(. | s_t), each [B, T] over the completion;
+        s_t is the state before token t. The entropy carries no gradient; V's stops at the backbone by default."""
+        targets, hidden = self._states(batch)
+        logprobs, entropy = chunked_logprobs(self.head, hidden, targets, temperature)
+        values = self.value_head(hidden if value_gradient else hidden.detach())
+        return logprobs, values, entropy
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """log pi_ref(a_t | s_t) [B, T] of the frozen initial model."""
+        with self.as_reference():
+            targets, hidden = self._states(batch, reference=True)
+            return chunked_logprobs(lambda h: self.head(h, reference=True), hidden, targets, temperature)[0]
+
+    def _states(self, batch: Batch, reference: bool = False) -> tuple[Tensor, Tensor]:
+        """The completion's tokens [B, T] and the hidden states they were predicted from [B, T, H]."""
+        width = batch.completion.shape[1]
+        hidden = self.hidden(batch.ids, batch.attention, reference).last_hidden_state
+        return batch.ids[:, -width:], hidden[:, -width - 1 : -1]
+
+    # -------------------------------------------------------------------------------------------- files
+
+    def save(self, folder: Path) -> None:
+        """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head beside them."""
+        self.lm.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+
+    def load_weights(self, folder: Path) -> None:
+        """Trained weights from `save`, into a policy made with the same settings; the reference stays as it is."""
+        if self.lora:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+        else:
+            missing, unexpected = self.lm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            if unexpected or set(missing) - {"lm_head.weight"}:
+                raise ValueError(f"{folder}: weights do not fit the model ({[*missing, *unexpected][:3]} …)")
+            self.lm.tie_weights()
+        if (head := folder / "value_head.safetensors").exists():
+            self.value_head.load_state_dict(load_file(head))
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU where there is one; ValueError for a GPU that isn't there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no NVIDIA GPU is visible to PyTorch: pass --device cpu")
+    return device
+
+
+def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(head(hidden) / temperature) at `targets` and the entropy, each [B, T], for hidden [B, T, H].
+
+    Rows go through the head a chunk at a time, and the backward pass recomputes a chunk instead of keeping it, so
+    that [B, T, V] never exists (Qwen2.5: V = 151,936).
+    """
+
+    def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(head(states) / temperature, -1)  # [rows, V]
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+
+    states, tokens = hidden.flatten(0, 1), targets.flatten()  # [B T, H], [B T]
+    vocabulary = head(states[:1]).shape[-1]
+    size = max(1, LOGIT_CHUNK // vocabulary)
+    pieces = [
+        checkpoint(chunk, s, t, use_reentrant=False) if torch.is_grad_enabled() and len(states) > size else chunk(s, t)
+        for s, t in zip(states.split(size), tokens.split(size), strict=True)
+    ]
+    return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
+
+
+def load_policy(model: str | Path, lora_rank: int = 0, device: str = "cpu", dtype: str = "float32") -> Policy:
+    """A policy from a Hugging Face name or folder, or from a folder written by `Policy.save` (adapters included).
+
+    lora_rank 0 trains all weights (then fp32 is needed); above 0 it trains a LoRA adapter of that rank in fp32 on
+    all linear layers over a frozen base in `dtype`. Raises ValueError with what to do when the model can't be used.
+    """
+    model = str(model)
+    adapter = Path(model) if (Path(model) / "adapter_config.json").exists() else None
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter else model
+    try:
+        # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model, padding_side="left")
+        lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"can't load {model!r}: pass a Hugging Face name or a local folder ({reason})") from None
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{model!r} has no chat template: use an instruct model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if lora_rank == 0 and dtype != "float32" and not adapter:
+        raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
+    lm.to(device)
+    if adapter or lora_rank:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        settings = LoraConfig(r=lora_rank or 1, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True) if adapter else get_peft_model(lm, settings)
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    policy = Policy(lm.eval(), tokenizer, lora=bool(adapter or lora_rank))
+    if (head := Path(model) / "value_head.safetensors").exists():
+        policy.value_head.load_state_dict(load_file(head))
+    return policy
