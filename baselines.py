@@ -45,7 +45,7 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
 
 
 def group_advantages(rewards: list[float]) -> np.ndarray:
-    """(R - mean) / (std + 1e-4) over a group, sample standard deviation (GRPO, Shao et al. 2024; as TRL computes it)."""
+    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL)."""
     values = np.asarray(rewards)
     return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
 

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from countdown import Problem, make_splits
 from evaluate import Score, evaluate
 from mcts import CHOICES, SearchConfig, search
 from policy import TINY, Policy, load_policy, pick_device
-from sampling import Sampler, TorchSampler, Trajectory, Usage, complete, stream
+from sampling import Sampler, TorchSampler, Trajectory, Usage, complete
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
