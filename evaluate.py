@@ -210,7 +210,7 @@ def main() -> None:
         f"{score.usage.seconds:.0f} s in all"
     )
     if config.out:
-        runs.write(config.out, json.dumps(asdict(score) | asdict(config) | runs.provenance(), default=str, indent=1))
+        runs.write(config.out, json.dumps(asdict(config) | asdict(score) | runs.provenance(), default=str, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import countdown
@@ -65,7 +65,7 @@ def assert_chi_square(observed, expected, variances):
     assert degrees >= 5, "too few cells to see a difference"
     bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
     statistic = ((cells[0] - cells[1]) ** 2 / np.maximum(cells[2], 1e-9)).sum()
-    assert statistic < bound, f"chi-square {statistic:.0f} with {degrees} degrees of freedom, expected below {bound:.0f}"
+    assert statistic < bound, f"{degrees} degrees of freedom"
 
 
 @pytest.mark.parametrize("numbers", [(2, 3, 4), (1, 5, 5), (3, 3, 8, 8), (1, 2, 7, 13)])
@@ -101,14 +101,16 @@ def brute_force(numbers):
     for subset in range(1, 2 ** len(numbers)):
         values[subset] = {n for k, n in enumerate(numbers) if subset == 1 << k}
         for part in (part for part in range(1, subset) if part & subset == part):
-            for a in values[part]:
-                for b in values[subset ^ part]:
-                    values[subset] |= {a + b, a * b} | ({a - b} if a > b else set()) | ({a // b} if a % b == 0 else set())
+            for a, b in product(values[part], values[subset ^ part]):
+                results = (Fraction(a + b), Fraction(a - b), Fraction(a * b), Fraction(a, b))
+                values[subset] |= {int(x) for x in results if x > 0 and x.denominator == 1}
     return set().union(*values.values())
 
 
 @examples(25)
 @given(GAMES)
+@example((3, 3, 8, 8))
+@example((13, 7, 12, 11))
 def test_solver_finds_what_brute_force_finds_and_its_solutions_are_graded_correct(numbers):
     """Prevents solvable problems called unsolvable (and the reverse), and solutions that the verifier refuses."""
     solutions, expected = countdown.solve(numbers), brute_force(numbers)
@@ -193,8 +195,7 @@ def test_a_seed_gives_one_data_set_and_never_moves_a_multiset_to_another_split()
 
 
 def test_shares_of_the_splits_are_those_promised():
-    every = [(a, b, c, d) for a in range(1, 14) for b in range(1, a + 1) for c in range(1, b + 1) for d in range(1, c + 1)]
-    counts = Counter(map(countdown.split_of, every))
+    counts = Counter(map(countdown.split_of, combinations_with_replacement(range(1, 14), 4)))
     assert {name: counts[name] / 1820 for name in counts} == pytest.approx(countdown.SHARES, abs=0.03)
 
 
@@ -269,9 +270,10 @@ def test_command_line_writes_what_the_reader_reads(tmp_path, capsys):
         assert read_problems(tmp_path / "new" / "data" / f"{name}.jsonl") == problems
     printed = capsys.readouterr().out
     assert printed.count(" 0 of them in train") == 3
-    for numbers, target, solution in (solved := re.findall(r"\((.+)\) -> (\d+) = (.+)", printed)):
-        assert answer(solution, Problem(tuple(json.loads(f"[{numbers}]")), int(target))).correct
+    solved = re.findall(r"\((.+)\) -> (\d+) = (.+)", printed)
     assert len(solved) == 2
+    for numbers, target, solution in solved:
+        assert answer(solution, Problem(tuple(json.loads(f"[{numbers}]")), int(target))).correct
 
 
 def test_command_line_reports_a_bad_option_in_one_line(tmp_path):
@@ -279,7 +281,7 @@ def test_command_line_reports_a_bad_option_in_one_line(tmp_path):
     command = [sys.executable, countdown.__file__, "--out", str(tmp_path), "--size", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and re.fullmatch("error: a 6-number game .*\n", done.stderr)
-    assert not list(Path(tmp_path).iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ prompt
@@ -356,13 +358,17 @@ SYNTAX = """5**2 10//2 5.0*(2+3) .5 1_0 5e0 5E0 5j 0x5 05*(2+3) 0 0*5+10 00 -5 +
 5,2 ５*(2+3) ٥*(2+3) 5² Ⅴ 5*(2+3)<br> a 5*x None __import__('os') exec('1')""".split()
 
 
-@pytest.mark.parametrize("expression", [*SYNTAX, "", " ", "5*(2+3)\0", "5*\u00a0(2+3)", "5*(2+3)\r", "\ud800", "5 <step>"])
+SYNTAX += ["", " ", "5*(2+3)\0", "5*\u00a0(2+3)", "5*(2+3)\r", "\ud800", "5 <step>"]
+SYNTAX += ["1 0+5*3", "1\u0660+5*3", "5 2", "5 * (2 + 3"]
+
+
+@pytest.mark.parametrize("expression", SYNTAX)
 def test_anything_but_whole_numbers_and_four_operators_is_a_syntax_error(expression):
     """Prevents what other graders let pass: powers, decimals, 1_5, 5e3, signs, foreign digits, code."""
     assert answer(expression) == answer(expression, strict=False) == Reward(-0.9, False, False, "syntax")
 
 
-@pytest.mark.parametrize("expression", ["25", "5*5", "5+5+10", "2+3+4", "1 0+5*3", "5 25", "50-25", "9" * 199, "1" * 5 + "*2"])
+@pytest.mark.parametrize("expression", ["25", "5*5", "5+5+10", "2+3+4", "50-25", "52", "9" * 199, "11111*2"])
 def test_numbers_that_were_not_given_or_are_used_twice_are_refused(expression):
     assert answer(expression) == answer(expression, strict=False) == Reward(-0.9, False, False, "numbers")
 
@@ -449,15 +455,10 @@ def calculator(text, numbers, strict):
     return value
 
 
-def join(shape_left_sign_right):
-    shape, left, sign, right = shape_left_sign_right
-    return shape.format(left, sign, right)
-
-
 SHAPES = st.sampled_from(["{} {} {}", "({}{}{})", "( {} {}{} )"])
 TREES = st.recursive(
     st.integers(1, 13).map(str),
-    lambda inner: st.tuples(SHAPES, inner, st.sampled_from("+-*/"), inner).map(join),
+    lambda inner: st.builds(str.format, SHAPES, inner, st.sampled_from("+-*/"), inner),
     max_leaves=6,
 )
 SOUPS = st.text("12()+-*/ 0.", max_size=10)
@@ -486,7 +487,7 @@ def test_verifier_agrees_with_an_independent_calculator(text_problem, strict):
     else:
         expected = 1 - 2 * min(abs(value - problem.target) / problem.target, 1)
         assert reward.parsed and reward.correct == (value == problem.target)
-        assert reward.value == pytest.approx(float(expected))
+        assert reward.value == pytest.approx(float(expected)) and reward.correct == (reward.value == 1)
 
 
 @examples(200)
@@ -497,7 +498,7 @@ def test_the_order_of_the_numbers_does_not_matter(text_problem, rng, strict):
     assert answer(text, problem, strict) == answer(text, shuffled, strict)
 
 
-PIECES = st.sampled_from(["<answer>", "</answer>", "2", "3", "5", "10", "5*(2+3)", "+", "-", "*", "/", "(", ")", " ", "\n"])
+PIECES = st.sampled_from(["<answer>", "</answer>", "<answer>5*(2+3)</answer>", "10", "\n", *"235+-*/() "])
 HOSTILE = st.lists(PIECES | st.text(max_size=5), max_size=20).map("".join)
 
 

@@ -1,0 +1,610 @@
+"""Tests of mcts.py, on games whose policy, values and rewards are known. Each docstring says which failure it prevents;
+the maths is compared with numbers computed by hand, sequential halving with the published plans of mctx."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import mcts
+from countdown import Problem, Reward, legal_moves, solvable
+from mcts import Node, SearchConfig, Tree
+from sampling import Sample
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
+
+END, STEP = 8, 9  # the last token of a random or endless step
+SEEDS = st.integers(0, 2**32 - 1)
+CONFIGS = st.builds(
+    SearchConfig,
+    simulations=st.integers(1, 40),
+    children=st.integers(1, 5),
+    workers=st.integers(1, 8),
+    c_puct=st.floats(0, 3),
+    selection=st.sampled_from(mcts.SELECTIONS),
+    prior=st.sampled_from(mcts.PRIORS),
+    unvisited=st.sampled_from(mcts.UNVISITED),
+    virtual_loss=st.sampled_from(mcts.VIRTUAL_LOSSES),
+    max_tokens=st.integers(1, 14),
+    max_depth=st.integers(1, 5),
+)
+
+
+def examples(count):
+    stateless = [HealthCheck.function_scoped_fixture]  # the fixtures below are only factories
+    return settings(deadline=None, max_examples=count, suppress_health_check=stateless)
+
+
+class World:
+    """Sampler, critic and verifier of a known game; records what each of them is asked."""
+
+    def __init__(self, fake_sampler, steps, value=lambda state: 0.0, reward=lambda completion: 0.0):
+        self.fake, self.value, self.reward = fake_sampler(steps), value, reward
+        self.sampled, self.valued, self.graded = [], [], []  # states of each call, states of each call, answers
+        self.generated, self.arguments = [], []  # tokens drawn by each call, its other arguments
+
+    def sample(self, prefixes, n, seeds, *arguments, **named):
+        rows, usage = self.fake.sample(prefixes, n, seeds, *arguments, **named)
+        self.sampled.append([tuple(prefix) for prefix in prefixes])
+        self.generated.append(usage.generated)
+        self.arguments.append((n, *arguments, named))
+        return rows, usage
+
+    def critic(self, states):
+        self.valued.append([tuple(state) for state in states])
+        return [self.value(state) for state in self.valued[-1]]
+
+    def grade(self, problem, completion):
+        self.graded.append((problem.target, *completion))
+        value = self.reward(tuple(completion))
+        return Reward(value, value == 1, True, "")
+
+    def search(self, config, names=(100,), seed=0):
+        """One tree for each name, which is its prompt, its problem's target and part of its seed."""
+        problems, prompts = [Problem((1,), name) for name in names], [[name] for name in names]
+        return mcts.search(
+            problems, prompts, self, self.critic, self.grade, config, [seed * 1000 + name for name in names]
+        )
+
+
+@pytest.fixture
+def world(fake_sampler):
+    return partial(World, fake_sampler)
+
+
+@pytest.fixture
+def random_world(world):
+    """Up to 3 steps of 1 to 3 tokens a state, some of which end, and dead ends; no step begins another."""
+
+    def build(seed):
+        def steps(state):
+            rng = np.random.default_rng([seed, *state])
+            bodies = {tuple(map(int, rng.integers(1, 4, rng.integers(3)))) for _ in range(rng.integers(4))}
+            chances = rng.dirichlet(np.ones(len(bodies))) if bodies else []
+            ends = rng.random(len(bodies)) < 0.3
+            return [
+                ((*body, END if end else STEP), float(chance), "end" if end else "step")
+                for body, chance, end in zip(sorted(bodies), chances, ends)
+            ]
+
+        def value(state):
+            return np.random.default_rng([seed, 0, *state]).uniform(-1, 1)
+
+        return world(steps, value, value)
+
+    return build
+
+
+def endless(state):
+    return [((token, STEP), chance, "step") for token, chance in ((1, 0.5), (2, 0.3), (3, 0.2))]
+
+
+def node(visits=0, q=0.0, children=(), reward=None, **fields):
+    """A node of a tree made by hand."""
+    made = Node(visits=visits, total=visits * q, children=list(children), **fields)
+    for child in children:
+        child.parent = made
+    if reward is not None:
+        made.ended, made.reward = True, Reward(reward, reward == 1, True, "")
+    return made
+
+
+def tree_of(root):
+    return Tree(Problem((1,), 1), [], np.random.default_rng(0), root)
+
+
+# ------------------------------------------------------------------------------------------------ select
+
+
+def test_puct_by_hand():
+    """A wrong exploration term: Q + 2 P 3 / (1 + N)."""
+    q, prior, visits = np.array([0.5, -0.25, 0.0]), np.array([0.2, 0.5, 0.3]), np.array([3, 1, 0])
+    assert mcts.puct(q, prior, visits, 9, 2.0) == pytest.approx([0.8, 1.25, 1.8])
+
+
+def test_uct_by_hand():
+    """A wrong bonus, or 0 / 0 where nothing was visited: ln 8 = 2.079442."""
+    q, visits = np.array([0.5, 0.0, -1.0]), np.array([4, 1, 0])
+    assert mcts.uct(q, visits, 8, 1.5) == pytest.approx([1.581520, 2.163030, math.inf], abs=1e-6)
+    assert mcts.uct(q, visits, 8, 0.0) == pytest.approx([0.5, 0.0, math.inf])
+    assert mcts.uct(q, np.zeros(3, int), 1, 1.5).tolist() == [math.inf] * 3
+
+
+@pytest.mark.parametrize("unvisited, expected", [("parent", -0.5), ("zero", 0.0)])
+def test_value_of_an_unvisited_child(unvisited, expected):
+    """First-play urgency 0 drags visits over hopeless children; the choice must be the one that is named."""
+    parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(prior=0.3)])
+    q, prior, visits = mcts.child_statistics(parent, SearchConfig(unvisited=unvisited))
+    assert (q.tolist(), prior.tolist(), visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
+
+
+@pytest.mark.parametrize("virtual_loss, expected", [("value", [-0.75, -1.0]), ("visit", [-0.25, 0.0])])
+def test_virtual_loss_by_hand(virtual_loss, expected):
+    """A virtual loss that is none: with W = -1, N = 2 and 2 pending, `value` repels (-3/4), `visit` attracts (-1/4)."""
+    parent = node(3, -0.5, [node(2, -0.5, pending=2), node(pending=1)])
+    q, _, visits = mcts.child_statistics(parent, SearchConfig(virtual_loss=virtual_loss))
+    assert (q.tolist(), visits.tolist()) == (expected, [4, 1])
+
+
+@pytest.mark.parametrize("virtual_loss, second", [("value", 1), ("visit", 0)])
+def test_second_worker(virtual_loss, second):
+    """Workers that crowd: where Q < 0, only a loss sends the second worker of a wave to the other child."""
+    parent = node(3, -0.3, [node(1, -0.2, prior=0.5), node(1, -0.5, prior=0.5)])
+    config = SearchConfig(c_puct=0.0, virtual_loss=virtual_loss)
+    first = mcts.choose_child(parent, config)
+    assert first is parent.children[0]
+    first.pending += 1
+    assert mcts.choose_child(parent, config) is parent.children[second]
+
+
+# ------------------------------------------------------------------------------------------------ Gumbel
+
+
+def test_completed_q_by_hand():
+    """A wrong sigma: v_mix = (0.2 + 3 (0.5 * 0.4 - 0.3 * 0.2) / 0.8) / 4 = 0.18125, rescaled (v + 0.2) / 0.6, times
+    (50 + 2) * 0.1; without visits all children count alike."""
+    parent, prior = node(value=0.2), np.array([0.5, 0.3, 0.2])
+    sigma = mcts.completed_q(parent, np.array([0.4, -0.2, 9.0]), prior, np.array([2, 1, 0]))
+    assert sigma == pytest.approx([5.2, 0.0, 5.2 * 0.38125 / 0.6])
+    assert mcts.completed_q(parent, np.full(3, 9.0), prior, np.zeros(3, int)).tolist() == [0, 0, 0]
+
+
+def test_gumbel_inner_by_hand():
+    """Inner nodes that ignore the visits: with equal Q, pi' is the prior and 0.6 - 1/2 < 0.4 - 0/2."""
+    scores = mcts.gumbel_inner(node(value=0.3), np.array([0.3, 0.0]), np.array([0.6, 0.4]), np.array([1, 0]))
+    assert scores == pytest.approx([0.1, 0.4])
+
+
+@pytest.mark.parametrize(
+    "actions, simulations, halvings",  # halvings: (children considered, visits that each of them gets)
+    [
+        (4, 8, [(4, 1), (2, 2)]),
+        (4, 16, [(4, 2), (2, 4)]),
+        (2, 7, [(2, 3), (1, 1)]),
+        (3, 12, [(3, 2), (2, 3)]),
+        (8, 24, [(8, 1), (4, 2), (2, 4)]),  # this and the rest: as in the tests of mctx
+        (8, 47, [(8, 1), (4, 3), (2, 13), (1, 1)]),  # 8 + 12 + 26 + 1; the 2 are considered again in the end
+        (8, 13, [(8, 1), (4, 1), (1, 1)]),
+        (7, 24, [(7, 1), (3, 2), (2, 5), (1, 1)]),
+        (8, 2, [(2, 1)]),
+        (1, 16, [(1, 16)]),
+    ],
+)
+def test_considered_visits(actions, simulations, halvings):
+    """A plan that halves too early or too late."""
+    planned, visits = [], 0
+    for considered, more in halvings:
+        planned += [visits + i for i in range(more) for _ in range(considered)]
+        visits += more
+    assert mcts.considered_visits(actions, simulations) == planned
+
+
+@given(st.integers(1, 40), st.integers(1, 200))
+@examples(100)
+def test_considered_visits_can_be_played(actions, simulations):
+    """A plan whose turn no child has, which would send every later visit to the first child."""
+    visits = [0] * actions
+    for turn in mcts.considered_visits(actions, simulations):
+        visits[visits.index(turn)] += 1
+    assert sum(visits) == simulations
+    assert simulations < actions or min(visits) > 0
+
+
+def arms(probabilities):
+    return lambda state: [((i,), p, "end") for i, p in enumerate(probabilities)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize(
+    "count, simulations, planned",
+    [(2, 9, [4, 4]), (3, 13, [2, 5, 5]), (4, 9, [1, 1, 3, 3]), (8, 25, [1, 1, 1, 1, 3, 3, 7, 7])],
+)
+def test_sequential_halving_visits(world, count, simulations, planned, workers):
+    """A Gumbel search that leaves its plan, with workers too."""
+    game = world(arms(np.full(count, 1 / count)), reward=lambda completion: -completion[0] / 10)
+    config = SearchConfig(simulations=simulations, children=200, workers=workers, selection="gumbel")
+    ((tree,), _) = game.search(config)
+    assert sorted(child.visits for child in tree.root.children) == planned
+
+
+@given(SEEDS)
+@examples(30)
+def test_sequential_halving_keeps_the_best(world, seed):
+    """A halving that drops the wrong arms: replayed here with g + log P + (50 + max N) / 10 * rescaled Q."""
+    chances, rewards = np.array([0.1, 0.15, 0.2, 0.25, 0.3]), np.random.default_rng(seed).uniform(-1, 1, 5)
+    game = world(arms(chances), reward=lambda completion: float(rewards[completion[0]]))
+    config = SearchConfig(simulations=31, children=200, workers=1, selection="gumbel", prior="sum")
+    ((tree,), _) = game.search(config, seed=seed)
+    children = sorted(tree.root.children, key=lambda child: child.tokens)
+    gumbel = np.array([child.gumbel for child in children])
+    rescaled, visits = (rewards - rewards.min()) / np.ptp(rewards), np.full(5, 2)  # 30 = 5 * 2 + 2 * 5 + 2 * 5
+
+    def best(count):
+        score = gumbel + np.log(chances) + (50 + visits.max()) / 10 * rescaled
+        return int(np.argmax(np.where(visits == count, score, -np.inf)))
+
+    for turn in [count for count in range(2, 12) for _ in range(2)]:
+        visits[best(turn)] += 1
+    assert [child.visits for child in children] == visits.tolist()
+    assert mcts.best_path(tree, config) is children[best(12)]
+
+
+@pytest.mark.parametrize("gumbel, kept", [(4.0, 1), (2.0, 0)])
+def test_gumbel_choice_by_hand(gumbel, kept):
+    """The last arm chosen by Q or by noise alone. Q rescaled: 1/1.4, 0, 1; sigma: * 5.3 = 3.786, 0, 5.3; + log P: 2.176,
+    -0.511, 3.690; the third arm has fewer visits, the second wins with g = 4 but not with g = 2."""
+    children = [
+        node(3, 0.5, prior=0.2, reward=0.5),
+        node(3, -0.5, prior=0.6, reward=-0.5, gumbel=gumbel),
+        node(1, 0.9, prior=0.2, reward=0.9),
+    ]
+    tree = tree_of(node(8, 0.1, children, value=0.0))
+    assert mcts.best_path(tree, SearchConfig(selection="gumbel")) is children[kept]
+    assert mcts.best_path(tree, SearchConfig()) is children[0]
+
+
+# ------------------------------------------------------------------------------------------------ expand
+
+
+def test_priors_by_hand():
+    """The post's bias: at 0.35 nats a token, `sum` gives the shortest of four equally likely steps nearly all."""
+    children = [Node(logprobs=[-0.35] * length) for length in (12, 20, 40, 64)]
+    assert mcts.priors(children, "mean") == pytest.approx([0.25] * 4)
+    weights = [math.exp(-0.35 * length) for length in (12, 20, 40, 64)]
+    assert mcts.priors(children, "sum") == pytest.approx([weight / sum(weights) for weight in weights])
+    assert mcts.priors(children, "sum").round(4).tolist() == [0.9426, 0.0573, 0.0001, 0.0]
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [("mean", [2 / 3, 1 / 3]), ("sum", [10 / 11, 1 / 11]), ("count", [1 / 4, 3 / 4]), ("uniform", [1 / 2, 1 / 2])],
+)
+def test_prior_choices_by_hand(how, expected):
+    """A named prior that is another one: p = 0.4 in one token, drawn once, against 0.2 * 0.2, drawn three times."""
+    children = [Node(logprobs=[math.log(0.4)]), Node(logprobs=[math.log(0.2)] * 2, count=3)]
+    assert mcts.priors(children, how) == pytest.approx(expected)
+
+
+def test_duplicates_are_merged():
+    """Siblings with the same tokens that split their visits, a child for an empty sample, lost counts."""
+    tree = tree_of(Node())
+    drawn = [Sample(tokens, [-1.0] * len(tokens), "step") for tokens in ([1, 2], [3], [1, 2], [])]
+    mcts.expand(tree, tree.root, drawn, SearchConfig(prior="count"))
+    first, second = tree.root.children
+    assert (first.tokens, first.count, second.tokens, second.count, tree.merged) == ([1, 2], 2, [3], 1, 1)
+    assert [first.prior, second.prior] == pytest.approx([2 / 3, 1 / 3])
+
+
+# ------------------------------------------------------------------------------------------------ whole searches
+
+
+def test_golden_tree(world):
+    """Any change to the order or the sums of a search, which would change every result without an error.
+
+    By hand, c = 1, P(A) = 0.8, P(B) = 0.2, below A: P(C) = 0.6, P(D) = 0.4. Scores of the siblings at each visit:
+    1 root (0). 2 A .8, B .2: A (.5). 3 A 1.066, B .533; C first by its prior (-1). 4 A .443, B .180; C -.576, D .316:
+    D (1). 5 A .567, B .525; C -.480, D 1.346: D. 6 A .733, B .747: B (-.5). 7 A .767, B -.255; C -.4, D 1.267: D.
+    8 A .853, B -.235; D again.
+    """
+    a, b, c, d = 1, 2, 3, 4
+    tree_below = {(): {a: 0.8, b: 0.2}, (a,): {c: 0.6, d: 0.4}, (b,): {d: 1.0}}
+    values = {(): 0.0, (a,): 0.5, (b,): -0.5, (a, c): -1.0, (a, d): 1.0}
+    game = world(
+        lambda state: [((token,), p, "end" if state[1:] else "step") for token, p in tree_below[state[1:]].items()],
+        lambda state: values[state[1:]],
+        values.__getitem__,
+    )
+    config = SearchConfig(simulations=8, children=64, workers=1, c_puct=1.0, prior="sum")
+    ((tree,), usage) = game.search(config)
+    found = {tuple(n.completion()): (n.visits, n.total, round(n.prior, 9)) for n in tree.nodes()}
+    assert found == {
+        (): (8, 3.0, 1.0),
+        (a,): (6, 3.5, 0.8),
+        (b,): (1, -0.5, 0.2),
+        (a, c): (1, -1.0, 0.6),
+        (a, d): (4, 4.0, 0.4),
+        (b, d): (0, 0.0, 1.0),
+    }
+    assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
+    assert (usage.generated, usage.prefilled) == (3 * 64, 2 * (1 + 2 + 2))
+    assert mcts.best_path(tree, config).completion() == mcts.best_answer(tree, config).completion() == [a, d]
+    assert tree.statistics() == dict(
+        visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
+    )
+
+
+@given(CONFIGS, SEEDS)
+@examples(150)
+def test_invariants(random_world, config, seed):
+    """A visit counted twice or lost, a virtual visit left, a terminal node that is expanded, valued by the critic or
+    graded twice, tokens that nobody counts: over random games, in every combination of choices."""
+    game = random_world(seed)
+    trees, usage = game.search(config, (100, 101), seed)
+    expanded, ended = [], []
+    for tree in trees:
+        assert tree.root.visits == tree.simulations == config.simulations
+        for n in tree.nodes():
+            assert n.pending == 0 and abs(n.q) <= 1 + 1e-12
+            below = n.children
+            if below:
+                assert sum(child.visits for child in below) == n.visits - 1  # the other one is its own evaluation
+                assert n.total == pytest.approx(n.value + sum(child.total for child in below))
+                assert sum(child.prior for child in below) == pytest.approx(1)
+                assert sum(child.count for child in below) == config.children
+            else:
+                assert n.total == pytest.approx(n.visits * n.value if n.ended and n.visits else 0)
+                assert n.ended or n.visits == 0
+            completion = tuple(n.completion())
+            assert n.length == len(completion) <= config.max_tokens and n.depth <= config.max_depth
+            capped = n.length == config.max_tokens or n.depth == config.max_depth
+            if n.visits and not (capped or completion[-1:] == (END,)):
+                expanded.append((*tree.prompt, *completion))
+            if n.visits and not below:
+                ended.append((tree.problem.target, *completion))
+    assert sorted(sum(game.sampled, [])) == sorted(sum(game.valued, [])) == sorted(expanded)
+    assert sorted(game.graded) == sorted(ended)
+    assert usage.generated == sum(tree.generated for tree in trees) == sum(game.generated)
+    assert usage.prefilled == 2 * sum(map(len, expanded))
+
+
+def snapshot(tree):
+    fields = "tokens logprobs ended count prior visits total value reward gumbel".split()
+    nodes = [[getattr(n, field) for field in fields] for n in tree.nodes()]
+    return nodes, tree.simulations, tree.expansions, tree.generated, tree.merged
+
+
+@given(CONFIGS, SEEDS, st.integers(0, 60))
+@examples(60)
+def test_batched_search_equals_single_searches(random_world, config, seed, budget):
+    """A result that depends on what else is in the batch, such as a shared random stream."""
+    config, names = replace(config, token_budget=budget), (100, 101, 102, 103)
+    together, _ = random_world(seed).search(config, names, seed)
+    alone = [random_world(seed).search(config, (name,), seed)[0][0] for name in names]
+    assert [snapshot(tree) for tree in together] == [snapshot(tree) for tree in alone]
+
+
+def test_a_wave_is_one_call(world):
+    """Model calls for each leaf or each tree, which would be slow; a setting that doesn't reach the sampler."""
+    game, config = world(endless), SearchConfig(simulations=13, children=6, step_tokens=5, temperature=0.8)
+    game.search(config, range(100, 105))
+    assert game.sampled == game.valued and len(game.sampled[0]) == 5
+    assert len(game.sampled) < sum(map(len, game.sampled)) / 5 == 13
+    singles = [world(endless) for _ in range(5)]
+    for name, single in enumerate(singles, 100):
+        single.search(config, [name])
+    assert len(game.sampled) == max(len(single.sampled) for single in singles)
+    assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, dict(stop_at_step=True)))}
+
+
+@pytest.mark.parametrize("part", ["sample", "critic", "grade"])
+def test_interrupted_wave_leaves_no_virtual_visit(random_world, part):
+    """Virtual visits that outlive an interrupted wave and spoil the tree's statistics for good."""
+    game, config = random_world(4), SearchConfig(workers=4)
+    trees = [Tree(Problem((1,), name), [name], np.random.default_rng(name)) for name in range(100, 104)]
+    mcts.wave(trees, game, game.critic, game.grade, config)
+    pending = []
+
+    def interrupt(*_, **__):
+        pending.extend(tree.root.pending for tree in trees)
+        raise KeyboardInterrupt
+
+    setattr(game, part, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(20):
+            mcts.wave(trees, game, game.critic, game.grade, config)
+    assert min(pending) > 0
+    assert not any(n.pending for tree in trees for n in tree.nodes())
+
+
+def countdown_world(world, problem):
+    """Countdown with one token a step, the number of the position that it leads to, and the exact oracle as critic."""
+
+    def positions(state):
+        return sorted({left for *_, left in legal_moves(state)})
+
+    def state_of(completion):
+        state = problem.numbers
+        for token in completion:
+            state = positions(state)[token]
+        return state
+
+    def steps(prefix):
+        following = positions(state_of(prefix[1:]))
+        ends = [problem.target in state or len(state) == 1 for state in following]
+        return [((i,), 1 / len(ends), "end" if end else "step") for i, end in enumerate(ends)]
+
+    def value(completion):
+        return 1.0 if solvable(state_of(completion), problem.target) else -1.0
+
+    def reward(completion):
+        return 1.0 if problem.target in state_of(completion) else -1.0
+
+    return world(steps, lambda prefix: value(prefix[1:]), reward), reward
+
+
+NUMBERS = st.lists(st.integers(1, 13), min_size=3, max_size=3).map(lambda numbers: tuple(sorted(numbers)))
+
+
+@given(NUMBERS, st.integers(1, 60), SEEDS)
+@examples(40)
+def test_oracle_finds_every_solution(world, numbers, target, seed):
+    """A search that can't use its critic: with a perfect one and all moves as children, it never leaves the solvable
+    positions, so it needs at most one visit a sibling of a level; without a solution, it claims none."""
+    assume(target not in numbers)
+    game, _ = countdown_world(world, Problem(numbers, target))
+    levels = 1 + 18 + 6  # the root, at most 3 pairs in 6 ways, at most 1 pair in 6 ways
+    config = SearchConfig(simulations=levels, children=400, workers=1, c_puct=0.0)
+    ((tree,), _) = game.search(config, seed=seed)
+    answer = mcts.best_answer(tree, config)
+    assert tree.statistics()["solved"] == solvable(numbers, target) == (answer is not None and answer.reward.correct)
+    if solvable(numbers, target):
+        assert tree.root.q > -1 and mcts.best_path(tree, replace(config, c_puct=0.0)) is not None
+
+
+@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+@given(numbers=NUMBERS, target=st.integers(1, 40), seed=SEEDS)
+@examples(15)
+def test_oracle_finds_the_sampled_solution(world, selection, numbers, target, seed):
+    """A sampled solution that stays unseen: with few children the tree may hold none, but if it does, it is found."""
+    assume(target not in numbers)
+    game, reward = countdown_world(world, Problem(numbers, target))
+    config = SearchConfig(simulations=100, children=3, selection=selection)
+    ((tree,), _) = game.search(config, seed=seed)
+    sampled = any(reward(n.completion()) == 1 for n in tree.nodes() if n.ended)
+    assert tree.statistics()["solved"] == sampled
+
+
+# ------------------------------------------------------------------------------------------------ edge cases
+
+
+@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+def test_all_terminal_at_the_first_step(world, selection):
+    """Answers in one step: one expansion, each answer graded once, though visited again and again."""
+    game = world(arms([0.5, 0.3, 0.2]), lambda state: 0.25, lambda completion: completion[0] / 2)
+    ((tree,), _) = game.search(SearchConfig(simulations=20, children=50, selection=selection))
+    assert game.sampled == game.valued == [[(100,)]]
+    assert sorted(game.graded) == [(100, 0), (100, 1), (100, 2)]
+    assert sum(child.visits for child in tree.root.children) == 19
+    assert tree.root.total == 0.25 + sum(child.visits * child.tokens[0] / 2 for child in tree.root.children)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+def test_single_child(world, selection, workers):
+    """A chain, where a wave has one leaf to offer: no leaf is expanded twice and the visits are those of a chain."""
+    game = world(lambda state: [((1,), 1.0, "end" if len(state) == 4 else "step")])
+    config = SearchConfig(simulations=10, selection=selection, workers=workers)
+    ((tree,), _) = game.search(config)
+    assert [n.visits for n in tree.nodes()] == [10, 9, 8, 7, 6]
+    assert game.sampled == [[(100, *[1] * depth)] for depth in range(4)]
+    assert {n.prior for n in tree.nodes()} == {1.0} and tree.merged == 4 * 3
+
+
+@pytest.mark.parametrize("budget", [0, 10])
+def test_root_without_a_step(world, budget):
+    """A sampler that returns nothing: the root is a dead end and takes the verifier's reward, not the critic's value;
+    with a token budget too, though nothing was spent."""
+    game = world(lambda state: [], lambda state: 0.9, lambda completion: -1.0)
+    config = SearchConfig(simulations=6, token_budget=budget)
+    ((tree,), usage) = game.search(config)
+    assert (tree.root.visits, tree.root.q, tree.root.ended, usage.generated) == (6, -1.0, True, 0)
+    assert (len(game.sampled), game.graded) == (1, [(100,)])
+    assert mcts.best_path(tree, config) is mcts.best_answer(tree, config) is tree.root
+
+
+def test_dead_end_below_the_root(world):
+    """A dead end that keeps the critic's optimism, or is sampled again at every visit."""
+    game = world(lambda state: [] if state[1:] else [((1,), 1.0, "step")], lambda state: 0.5, lambda completion: -1.0)
+    ((tree,), _) = game.search(SearchConfig(simulations=6))
+    (dead,) = tree.root.children
+    assert (dead.visits, dead.total, dead.value, tree.root.total) == (5, -5.0, -1.0, 0.5 - 5.0)
+    assert (game.sampled, game.graded) == ([[(100,)], [(100, 1)]], [(100, 1)])
+
+
+def test_max_tokens_truncates(world):
+    """A completion beyond max_tokens, which the trainer would cut and the verifier would not have seen so."""
+    game = world(lambda state: [((1, 2, 3), 1.0, "step")])
+    ((tree,), usage) = game.search(SearchConfig(simulations=6, children=1, max_tokens=7))
+    last = tree.nodes()[-1]
+    assert [n.length for n in tree.nodes()] == [0, 3, 6, 7]
+    assert (last.tokens, last.logprobs, last.ended, last.visits) == ([1], [0.0], True, 3)
+    assert (game.graded, len(game.sampled)) == ([(100, 1, 2, 3, 1, 2, 3, 1)], 3)
+    assert usage.generated == 9  # what was cut was paid for
+
+
+def test_max_depth(world):
+    """A tree deeper than max_depth, or a node at the cap that is never graded."""
+    game, config = world(endless), SearchConfig(simulations=60, children=20, max_depth=2)
+    ((tree,), _) = game.search(config)
+    at_cap = [n for n in tree.nodes() if n.depth == 2]
+    assert all(n.ended and not n.children for n in at_cap) and max(n.depth for n in tree.nodes()) == 2
+    assert len(at_cap) == 9 and len(game.graded) == sum(n.visits > 0 for n in at_cap)
+    assert sum(map(len, game.sampled)) == 1 + 3
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_token_budget_is_spent_exactly(world, workers):
+    """Unequal compute: where every expansion costs 8 tokens, 50 pay for 6 of them, whatever the workers."""
+    game = world(endless)
+    ((tree,), _) = game.search(SearchConfig(simulations=999, children=4, workers=workers, token_budget=50))
+    assert (tree.generated, tree.expansions) == (48, 6)
+
+
+@given(SEEDS, st.integers(1, 300), st.integers(1, 8))
+@examples(50)
+def test_token_budget(world, seed, budget, workers):
+    """Unequal compute: a wave (with one worker: an expansion) that starts when the budget is spent, or a search that
+    stops though an expansion of mean cost still fits."""
+
+    def steps(state):
+        lengths = np.random.default_rng([seed, *state]).integers(1, 20, 2)
+        return [((i, *[STEP] * int(length)), 0.5, "step") for i, length in enumerate(lengths)]
+
+    game, config = world(steps), SearchConfig(simulations=999, workers=workers, token_budget=budget)
+    ((tree,), usage) = game.search(replace(config, max_tokens=9999, max_depth=999), seed=seed)
+    assert tree.generated == usage.generated == sum(game.generated)
+    assert sum(game.generated[:-1]) < budget < tree.generated + tree.generated / tree.expansions
+
+
+# ------------------------------------------------------------------------------------------------ the search's choice
+
+
+def test_best_path_ends_in_an_answer():
+    """A path to a most-visited child that never ends (the post's), ties broken by order instead of Q."""
+    worse, better = node(2, -0.2, reward=-0.2), node(2, 0.4, reward=0.4)
+    open_end, low, high = node(5, 0.9, [node(4, 0.9)]), node(3, 0.0, reward=0.0), node(3, 0.1, [worse, better])
+    tree = tree_of(node(12, 0.2, [open_end, low, high]))
+    assert mcts.best_path(tree, SearchConfig()) is better
+
+
+def test_best_answer_is_the_maximum():
+    """The most-visited answer instead of the best; ties go to the more visited one."""
+    rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
+    tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
+    assert mcts.best_answer(tree, SearchConfig()) is often
+    assert mcts.best_path(tree, SearchConfig()) is best
+
+
+@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+def test_no_answer(world, selection):
+    """A choice that invents an answer, or crashes, where the tree holds none."""
+    config = SearchConfig(simulations=9, selection=selection)
+    ((tree,), _) = world(endless).search(config)
+    assert tree.answers() == [] and tree.statistics()["solved"] == 0
+    assert [choose(tree, config) for choose in mcts.CHOICES.values()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{name: 0} for name in ("simulations", "children", "workers", "step_tokens", "max_tokens", "max_depth")]
+    + [{name: "best"} for name in ("selection", "prior", "unvisited", "virtual_loss")]
+    + [{"temperature": 0.0}, {"temperature": math.nan}, {"c_puct": -0.1}, {"c_puct": math.nan}, {"token_budget": -1}],
+)
+def test_config_refuses(bad):
+    """A bad setting that is found only after hours, or never."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SearchConfig(**bad)
