@@ -60,8 +60,8 @@ class SearchConfig:
         ).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not (self.temperature > 0 and self.c_puct >= 0):
-            raise ValueError("temperature must be above 0 and c_puct at least 0")
+        if not (self.temperature > 0 and self.c_puct >= 0 and self.token_budget >= 0):
+            raise ValueError("temperature must be above 0, c_puct and token_budget at least 0")
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ class Tree:
         """The simulations that the next wave may do: no more than workers, simulations and token budget allow."""
         room = min(config.workers, config.simulations - self.simulations)
         if config.token_budget and self.expansions:
-            room = min(room, int((config.token_budget - self.generated) * self.expansions / self.generated))
+            room = min(room, int((config.token_budget - self.generated) * self.expansions / max(self.generated, 1)))
         return max(room, 0)
 
     def nodes(self) -> list[Node]:
@@ -150,8 +150,7 @@ def puct(q: np.ndarray, prior: np.ndarray, visits: np.ndarray, parent_visits: in
 
 def uct(q: np.ndarray, visits: np.ndarray, parent_visits: int, c: float) -> np.ndarray:
     """UCB1 (Kocsis & Szepesvári 2006): Q + c sqrt(ln N(s) / N(s, a)); an unvisited child comes first."""
-    with np.errstate(divide="ignore"):
-        bonus = np.sqrt(math.log(max(parent_visits, 1)) / visits)
+    bonus = np.sqrt(math.log(max(parent_visits, 1)) / np.maximum(visits, 1))
     return np.where(visits == 0, np.inf, q + c * bonus)
 
 

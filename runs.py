@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,8 +39,10 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("│ ") for line in boxes.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) == {"─"}), 1)])
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", boxes.getvalue())  # tyro colours on a terminal, draws boxes in UTF-8 only
+        lines = [line.strip("│ ") for line in plain.splitlines()[1:]]  # the first is the box's title
+        parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
+        message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
         fail(f"{message} (--help lists the options)")
     except ValueError as error:  # from __post_init__
         fail(str(error))

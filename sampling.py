@@ -146,11 +146,10 @@ class TorchSampler:
     def _at_step(self, tails: torch.Tensor) -> torch.Tensor:
         """Which rows [r] end in </step>, given their last tokens [r, <= 7]. The text decides: Qwen2.5 writes it as 522
         9520 29 after a digit, but 690 9520 29 after a space and 522 9520 397 before a newline."""
-        ends = self.closes[tails[:, -1]]  # [r]
-        ends[ends.clone()] = torch.tensor(
-            [STEP_END in text for text in self.policy.tokenizer.batch_decode(tails[ends])], device=ends.device
-        ).bool()
-        return ends
+        rows = self.closes[tails[:, -1]].nonzero().flatten().tolist()
+        at_step = torch.zeros(len(tails), dtype=torch.bool, device=tails.device)
+        at_step[[row for row in rows if STEP_END in self.policy.tokenizer.decode(tails[row])]] = True
+        return at_step
 
 
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+from countdown import Problem
+from mcts import SearchConfig
 from policy import load_policy
+from ppo import Config
 from pretrain import PretrainConfig, build_model, build_tokenizer
 from sampling import Sample, Usage
 
 torch.set_num_threads(2)
+settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("kit")  # a test that changes its fixtures must not use hypothesis
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +38,38 @@ def policy(checkpoint):
     """A fresh policy from the random checkpoint, all weights trained."""
     torch.manual_seed(0)
     return load_policy(checkpoint)
+
+
+@pytest.fixture(params=[0, 4], ids=["full", "lora"])
+def moved(request, checkpoint):
+    """A policy whose every trainable weight, the value head's too, has left its start; the reference stayed there."""
+    torch.manual_seed(1)
+    policy = load_policy(checkpoint, lora_rank=request.param)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return policy
+
+
+@pytest.fixture
+def problems():
+    """Problems whose prompts differ in length."""
+    return [Problem((2, 3), 5), Problem((2, 3, 5, 10), 25), Problem((13, 1, 12), 999), Problem((7, 7, 1, 4, 9), 1)]
+
+
+@pytest.fixture
+def tiny_config(checkpoint, tmp_path):
+    """Configurations of training runs of a second or two; any field can be given."""
+
+    def make(**changes):
+        small = dict(
+            model=str(checkpoint), out=tmp_path / "run", device="cpu", train_problems=50, tokens=2_000, problems=4,
+            samples=4, max_tokens=8, warmup=0, evaluations=1, eval_problems=4, eval_samples=2, test_problems=4,
+            test_samples=2, tree=SearchConfig(simulations=8, step_tokens=4),
+        )  # fmt: skip
+        return Config(**(small | changes))
+
+    return make
 
 
 class FakeSampler:

@@ -1,0 +1,74 @@
+"""Figures from run folders, for the README and the notebooks.
+
+python plots.py runs/* --out results/curves.png        # learning curves: validation mean@k against generated tokens
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+import runs
+
+COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
+
+
+def load(folder: Path) -> tuple[dict, list[dict]]:
+    """A run's configuration and its rows of metrics."""
+    return json.loads((folder / "config.json").read_text()), runs.read_metrics(folder)
+
+
+def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean"):
+    """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
+    thin line for each seed. Returns the matplotlib figure."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = defaultdict(list)
+    for folder in folders:
+        config, rows = load(folder)
+        rows = [row for row in rows if key in row]
+        curves[config["search"]].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, seeds in curves.items():
+        color = COLORS.get(method)
+        for xs, ys in seeds:
+            axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
+        end = min(max(xs) for xs, _ in seeds)
+        grid = np.linspace(max(min(xs) for xs, _ in seeds), end, 50)
+        mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
+        label = f"{method} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        axes.plot(grid, mean, color=color, linewidth=2.2, label=label)
+    axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
+    axes.set_ylabel("validation mean@k, %")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+@dataclass
+class PlotConfig:
+    """Draw the learning curves of some run folders."""
+
+    folders: tyro.conf.Positional[list[Path]]
+    out: Path = Path("curves.png")
+    x: str = "generated"  # generated, seconds
+
+    def __post_init__(self):
+        if self.x not in ("generated", "seconds"):
+            raise ValueError(f"x must be generated or seconds, not {self.x!r}")
+
+
+def main() -> None:
+    config = runs.read_config(PlotConfig)
+    learning_curves(config.folders, config.x).savefig(config.out, dpi=150)
+    print(config.out)
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,167 @@
+"""Tests of pretrain.py: the tokenizer loses nothing, the games are legal and leak-free, training goes on after a stop."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import pretrain as module
+from countdown import Problem, follow, play_distribution, split_of, verify
+from policy import load_policy
+from pretrain import PretrainConfig, build_tokenizer, encode, games, pretrain, write_game
+
+WORDS = ["Numbers:", "Target:", "left", "<step>", "</step>", "<answer>", "</answer>", *"+-*/()="]
+CONFIGS = st.builds(
+    PretrainConfig, seed=st.integers(0, 99), size=st.integers(2, 4), highest=st.integers(3, 9), batch=st.just(6)
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 10**5).map(str) | st.sampled_from(WORDS), min_size=1, max_size=30))
+def test_text_comes_back_from_its_tokens(tokenizer, words):
+    """Prevents numbers that are cut, merged or unknown, and tags that vanish before they are graded."""
+    ids = tokenizer(" ".join(words))["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(words)
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_every_integer_comes_back_from_its_tokens(tokenizer):
+    """Prevents a number, just one, that the policy can't read or write; up to 255 it is a single token."""
+    numbers = list(map(str, range(100_001)))
+    ids = tokenizer(numbers)["input_ids"]
+    assert tokenizer.batch_decode(ids) == numbers
+    assert {len(row) for row in ids[:256]} == {1} and tokenizer.tokenize("468") == ["46", "##8"]
+
+
+def test_spaces_around_operators_are_optional(tokenizer):
+    """Prevents unknown tokens in an expression written without spaces."""
+    assert tokenizer("(2+13)*400/5-1=")["input_ids"] == tokenizer("( 2 + 13 ) * 400 / 5 - 1 =")["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ games
+
+
+@settings(max_examples=40)
+@given(CONFIGS, st.integers(0, 9))
+def test_games_are_legal_solved_in_the_asked_format_and_leak_nothing(tokenizer, config, step):
+    """Prevents a policy that learns illegal steps, wrong arithmetic or a problem of the test split."""
+    for problem, text in games(config, step):
+        assert split_of(problem.numbers) == "train"
+        assert len(problem.numbers) == config.size and max(problem.numbers) <= config.highest
+        state = problem.numbers
+        steps = re.findall(r"<step> (.+?) </step>", text)
+        for line in steps:
+            state = follow(state, line)
+            assert state is not None and line.endswith(f"left {' '.join(map(str, state))}")
+        assert len(steps) == config.size - 1 and len(state) == 1 and state[0] <= config.largest_result
+        assert verify(text, Problem(problem.numbers, state[0])).correct
+        assert sorted(map(int, re.findall("[0-9]+", text.partition("<answer>")[2]))) == sorted(problem.numbers)
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 13), min_size=2, max_size=4).map(tuple), st.randoms(use_true_random=False))
+def test_a_game_ends_at_the_result_it_is_conditioned_on(numbers, rng):
+    """Prevents a posterior over moves that does not lead to its result, however rare that is."""
+    result = rng.choice(list(play_distribution(tuple(sorted(numbers)))))
+    assert verify(write_game(numbers, result, rng), Problem(numbers, result)).correct
+
+
+def test_moves_follow_the_exact_posterior():
+    """Prevents games of one kind: 2, 3, 4 -> 24 by hand. Of 15 first moves, (2*3)*4, (2*4)*3 and (3*4)*2 lead there,
+    each by two ordered pairs and then 2 of the next state's moves: 6 4 has 5 moves, 3 8 and 2 12 have 5 and 6."""
+    rng = random.Random(0)
+    firsts = [write_game((2, 3, 4), 24, rng)[7:12] for _ in range(3_000)]
+    weights = {"3 * 2": 2 / 5, "4 * 2": 2 / 5, "4 * 3": 2 / 6}
+    for move, weight in weights.items():
+        assert firsts.count(move) / 3_000 == pytest.approx(weight / sum(weights.values()), abs=0.03)
+
+
+def test_the_batch_of_a_step_is_a_function_of_seed_and_step():
+    """Prevents a resumed run that sees other games, and steps or seeds that see the same."""
+    config = PretrainConfig(batch=5, size=3)
+    assert games(config, 3) == games(config, 3)
+    assert games(config, 3) != games(config, 4) != games(replace(config, seed=1), 4)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0.0, 0.1), (0.4, 0.35, 0.5), (1.0, 1.0, 1.0)])
+def test_the_share_of_games_on_target_is_the_one_asked_for(share, low, high):
+    """Prevents a policy that knows more or less before any search than --on-target says."""
+    config = PretrainConfig(batch=1_000, highest=7, on_target=share, early_on_target=1 - share, steps=10)
+    for step, expected in ((3, (low, high)), (2, (1 - high, 1 - low + 0.1))):
+        found = sum(verify(text, problem).correct for problem, text in games(config, step)) / 1_000
+        assert expected[0] <= found <= expected[1]
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def test_labels_are_the_completion_and_its_end_as_the_policy_will_see_them(tokenizer, policy):
+    """Prevents a policy trained to write prompts or padding, never to stop, or on prompts other than `encode` makes;
+    a game that does not fit is left out whole."""
+    batch = games(PretrainConfig(batch=40), 0)
+    lengths = [len(policy.encode(p)) + len(tokenizer(text)["input_ids"]) + 1 for p, text in batch]
+    width = sorted(lengths)[-4]
+    ids, labels = encode(batch, tokenizer, width)
+    assert ids.shape == labels.shape == (40, width)
+    for row, label, (problem, text), length in zip(ids.tolist(), labels.tolist(), batch, lengths):
+        if length > width:
+            assert set(row) == {tokenizer.pad_token_id} and set(label) == {-100}
+            continue
+        start, end = policy.encode(problem), [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        blank = width - length
+        assert row == start + end + [tokenizer.pad_token_id] * blank
+        assert label == [-100] * len(start) + end + [-100] * blank
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Three steps of a model of one layer."""
+    return PretrainConfig(
+        out=tmp_path / "a", steps=3, batch=8, hidden=32, layers=1, warmup=1, save_every=2, compile=False
+    )
+
+
+def test_pretraining_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
+    """Prevents an interrupted run that starts anew or ends elsewhere, and a result that does not load."""
+    pretrain(small)
+    config, play = replace(small, out=tmp_path / "b"), games
+    seen = []
+
+    def interrupted(config, step):
+        seen.append(step)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return play(config, step)
+
+    monkeypatch.setattr(module, "games", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config)
+    pretrain(config)
+    assert seen == [0, 1, 2, 2]
+    one, other = (load_file(c.out / "model.safetensors") for c in (small, config))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    policy, plain = load_policy(config.out), AutoModelForCausalLM.from_pretrained(config.out)
+    assert policy.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert plain.config.vocab_size == len(policy.tokenizer) and policy.stop_ids == {policy.tokenizer.eos_token_id}
+
+
+def test_pretraining_lowers_the_loss(small, capsys):
+    """Prevents labels that are shifted or masked so that nothing is learnt."""
+    pretrain(replace(small, steps=40, save_every=1))
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.75 * sum(losses[:5])

@@ -1,0 +1,246 @@
+"""Tests of sampling.py: what is drawn, with which log-probabilities, where it stops and what it cost. Distributions are
+compared with softmax by chi-square, tokens with transformers' own generate."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+import sampling
+from sampling import TorchSampler, Usage, complete, inverse_cdf, stream
+
+PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
+SEEDS = [3, 1, 4, 1, 5]
+END, STEP_END = 1, 6  # <|end|> and </step>
+LOGITS = st.lists(st.floats(-30, 5), min_size=1, max_size=12)
+
+
+def draw(policy, prefixes=PREFIXES, n=3, seeds=SEEDS, max_tokens=12, temperature=1.0, stop_at_step=True, batch=1024):
+    return TorchSampler(policy, batch).sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step)
+
+
+@pytest.fixture
+def stopping(moved, monkeypatch):
+    """The policy with some 5 % of probability for each of <|end|> and </step>, so that all ends are seen."""
+    plain, bonus = moved.head, torch.zeros(285)
+    bonus[[END, STEP_END]] = 3.0
+    monkeypatch.setattr(moved, "head", lambda hidden: plain(hidden) + bonus)
+    assert moved.tokenizer.convert_tokens_to_ids(["<|end|>", "</step>"]) == [END, STEP_END]
+    return moved
+
+
+@pytest.fixture
+def forward_passes(moved, monkeypatch):
+    """The shape [rows, tokens] of every call of the backbone."""
+    shapes, plain = [], moved.hidden
+
+    def hidden(ids, *rest, **cache):
+        shapes.append(tuple(ids.shape))
+        return plain(ids, *rest, **cache)
+
+    monkeypatch.setattr(moved, "hidden", hidden)
+    return shapes
+
+
+def assert_distribution(tokens, probabilities):
+    """Pearson's chi-square of the draws, in cells of about 10 or more, within five deviations of its mean."""
+    expected = np.asarray(probabilities) * len(tokens)
+    observed = np.bincount(tokens, minlength=len(expected))
+    order = np.argsort(expected)
+    cells = (np.cumsum(expected[order]) / 10).astype(int)
+    observed, expected = np.bincount(cells, observed[order]), np.bincount(cells, expected[order])
+    assert not observed[expected == 0].any()
+    freedom = (expected > 0).sum() - 1
+    chi_square = ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
+    assert freedom > 3 and abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+# ------------------------------------------------------------------------------------------------ one token
+
+
+@settings(max_examples=300)
+@given(LOGITS, st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 1 - 2**-53]))
+def test_inverse_cdf_is_the_first_token_whose_cumulative_probability_exceeds_u(logits, u):
+    """Prevents an index past the vocabulary, and a token of probability zero, at the edges u = 0 and u -> 1."""
+    logprobs = torch.log_softmax(torch.tensor([logits]), -1)
+    token = int(inverse_cdf(logprobs, torch.tensor([u], dtype=torch.float64)))
+    probabilities = [math.exp(x) for x in logprobs[0].tolist()]
+    total = math.fsum(probabilities)
+    below, above = math.fsum(probabilities[:token]) / total, math.fsum(probabilities[: token + 1]) / total
+    assert below - 1e-12 <= u <= above + 1e-12 and probabilities[token] > 0
+
+
+def test_tokens_of_probability_zero_are_never_drawn():
+    """Prevents masked tokens at the first and last index from being drawn at u = 0 and u -> 1."""
+    logprobs = torch.tensor([[-math.inf, math.log(0.5), -math.inf, math.log(0.5), -math.inf]]).repeat(4, 1)
+    uniform = torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_cdf(logprobs, uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_inverse_cdf_draws_from_softmax():
+    """Prevents a biased draw."""
+    logits = torch.tensor([2.0, -1.0, 0.0, -math.inf, 1.0, -3.0, 2.0])
+    uniform = torch.from_numpy(np.random.default_rng(0).random(50_000))
+    tokens = inverse_cdf(torch.log_softmax(logits, -1).expand(len(uniform), -1), uniform)
+    assert_distribution(tokens.numpy(), torch.softmax(logits.double(), -1))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_first_tokens_follow_the_softmax_of_transformers(moved, temperature):
+    """Prevents a sampler that ignores the temperature, the adapter or the padding; siblings must be independent."""
+    prefixes = [PREFIXES[0], PREFIXES[2]]
+    rows, _ = draw(moved, prefixes, 4_000, [0, 1], max_tokens=1, temperature=temperature)
+    for prefix, samples in zip(prefixes, rows, strict=True):
+        with torch.no_grad():
+            logits = moved.lm(input_ids=torch.tensor([prefix])).logits[0, -1].double()
+        assert_distribution([s.tokens[0] for s in samples], torch.softmax(logits / temperature, -1))
+
+
+def test_a_cold_sampler_is_greedy_decoding_of_transformers(moved):
+    """Prevents a KV cache, positions or a mask that go wrong after the first token."""
+    rows, _ = draw(moved, n=1, max_tokens=20, temperature=1e-6, stop_at_step=False)
+    for prefix, (sample,) in zip(PREFIXES, rows, strict=True):
+        ids = torch.tensor([prefix])
+        greedy = moved.lm.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+        )
+        assert sample.tokens == greedy[0, len(prefix) :].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_recorded_logprobs_are_those_of_the_trainer(stopping, temperature):
+    """Prevents a ratio other than 1 before the first update: another temperature, a shifted token, a stale cache row
+    after a neighbour has ended."""
+    rows, _ = draw(stopping, temperature=temperature)
+    samples = [(prefix, s) for prefix, row in zip(PREFIXES, rows) for s in row]
+    assert len({len(s.tokens) for _, s in samples}) > 3
+    batch = stopping.batch([prefix for prefix, _ in samples], [s.tokens for _, s in samples])
+    with torch.no_grad():
+        logprobs, _, _ = stopping.logprobs_and_values(batch, temperature)
+    for row, (_, sample) in zip(logprobs, samples, strict=True):
+        assert_close(torch.tensor(sample.logprobs), row[-len(sample.tokens) :], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ the batch around it
+
+
+def assert_same_draws(one, other):
+    for row, copy in zip(one, other, strict=True):
+        assert [(s.tokens, s.ended) for s in row] == [(s.tokens, s.ended) for s in copy]
+        for s, c in zip(row, copy):
+            assert_close(s.logprobs, c.logprobs, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10)
+@given(st.permutations(range(5)), st.integers(1, 5), st.sampled_from([1, 4, 6, 1024]))
+def test_draws_of_a_prefix_depend_on_its_seed_alone(stopping, order, kept, batch):
+    """Prevents results that change with the number of workers, the order of problems or the memory of a machine."""
+    everything, _ = draw(stopping)
+    some = order[:kept]
+    found, _ = draw(stopping, [PREFIXES[i] for i in some], seeds=[SEEDS[i] for i in some], batch=batch)
+    assert_same_draws(found, [everything[i] for i in some])
+
+
+def test_other_seeds_and_siblings_draw_other_tokens(moved):
+    """Prevents a group of identical samples."""
+    rows, _ = draw(moved, [[7], [7]], n=4, seeds=[1, 2])
+    assert len({tuple(s.tokens) for row in rows for s in row}) == 8
+
+
+# ------------------------------------------------------------------------------------------------ where it stops
+
+
+@pytest.mark.parametrize("stop_at_step", [True, False])
+def test_every_sample_says_why_it_ended(stopping, stop_at_step):
+    """Prevents text after an end, a lost stop token, and an ended answer that the search would expand."""
+    rows, _ = draw(stopping, n=12, stop_at_step=stop_at_step)
+    samples = [s for row in rows for s in row]
+    stops = {END, STEP_END} if stop_at_step else {END}
+    reasons = {END: "end", STEP_END: "step"} if stop_at_step else {END: "end"}
+    for s in samples:
+        assert len(s.tokens) == len(s.logprobs) <= 12 and not stops & set(s.tokens[:-1])
+        assert s.ended == reasons.get(s.tokens[-1], "length")
+        assert len(s.tokens) == 12 or s.ended != "length"
+    assert {s.ended for s in samples} == {*reasons.values(), "length"}
+    assert any(STEP_END in s.tokens[:-1] for s in samples) != stop_at_step
+
+
+def byte_tokenizer():
+    """A byte-level BPE that merges around </step> as Qwen2.5's does: `</` and ` </`, `>` and `>\\n`."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("<", "/"), ("Ġ", "</"), ("s", "t"), ("e", "p"), ("st", "ep"), (">", "Ċ")]
+    vocabulary = ["<|end|>", *letters, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.mark.parametrize("step", ["1</step>", "1 </step>", "1 </step>\n", "</step>", "> 1>2 <a></s> <step></step>"])
+def test_a_step_ends_however_its_last_tag_is_tokenised(policy, monkeypatch, step):
+    """Prevents a search that never stops at a step: in Qwen2.5 `</step>` and ` </step>` share no first token."""
+    policy.tokenizer = byte_tokenizer()
+    ids = policy.tokenizer(step)["input_ids"]
+    script = iter([*ids, *policy.tokenizer("and more")["input_ids"]])
+    monkeypatch.setattr(sampling, "inverse_cdf", lambda logp, uniform: torch.tensor([next(script)]))
+    ((sample,),), _ = draw(policy, [[7]], 1, [0], max_tokens=len(ids) + 3)
+    assert (sample.tokens, sample.ended) == (ids, "step")
+
+
+def test_a_prefix_that_does_not_fit_the_context_is_refused(policy):
+    """Prevents positions beyond those the model was made for, found as nonsense in its text."""
+    assert len(draw(policy, [[7] * 508], 1, [0], max_tokens=4)[0]) == 1
+    with pytest.raises(ValueError, match="508 prefix . 5 new tokens exceed the model's context of 512"):
+        draw(policy, [[7] * 508], 1, [0], max_tokens=5)
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+def test_siblings_share_one_prefill_and_ended_rows_leave_the_batch(stopping, forward_passes):
+    """Prevents prefixes computed again for every child, and work on samples that have ended."""
+    rows, usage = draw(stopping, n=6)
+    samples = [s for row in rows for s in row]
+    decoded = [sum(len(s.tokens) > t for s in samples) for t in range(1, 12)]
+    assert forward_passes == [(5, 8), *((rows, 1) for rows in decoded if rows)]
+    assert (usage.generated, usage.prefilled) == (sum(len(s.tokens) for s in samples), sum(map(len, PREFIXES)))
+    assert usage.seconds > 0
+
+
+def test_usage_adds_up():
+    """Prevents curves at equal compute from a count that is lost."""
+    assert Usage(1, 20, 0.5) + Usage(2, 30, 0.25) == Usage(3, 50, 0.75)
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_streams_are_the_same_everywhere_and_differ_by_key():
+    """Prevents seeds that change between processes or machines (pinned values), and shared randomness."""
+    assert (stream(0), stream(0, 1), stream(1, 0)) == (7896617691693857887, 2918264622725855778, 3717377837946358015)
+    assert len({stream(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+def test_completions_are_graded_with_their_own_problem(policy, fake_sampler, problems):
+    """Prevents rewards of a neighbour's problem, and a trajectory that forgets who sampled it."""
+    right = policy.tokenizer("<answer> 2 + 3 </answer> <|end|>")["input_ids"]
+    policy.version = 7
+    sampler = fake_sampler(lambda prefix: [(right, 1.0, "end")])
+    rows, usage = complete(policy, sampler, problems, 2, SEEDS[:4], 64, 1.0, "best-of-n")
+    assert [[t.reward.reason for t in row] for row in rows] == [
+        ["correct"] * 2, ["wrong value"] * 2, ["numbers"] * 2, ["numbers"] * 2
+    ]  # fmt: skip
+    for problem, row in zip(problems, rows):
+        for t in row:
+            assert (t.problem, t.prompt, t.completion) == (problem, policy.encode(problem), right)
+            assert (t.version, t.source, t.advantage, len(t.logprobs)) == (7, "best-of-n", None, len(right))
+    assert usage.generated == 8 * len(right)
