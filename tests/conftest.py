@@ -17,7 +17,6 @@ from ppo import Config
 from pretrain import PretrainConfig, build_model, build_tokenizer
 from sampling import Sample, Usage
 
-torch.set_num_threads(2)
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("kit")  # a test that changes its fixtures must not use hypothesis
 

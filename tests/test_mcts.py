@@ -161,6 +161,14 @@ def test_second_worker(virtual_loss, second):
     assert mcts.choose_child(parent, config) is parent.children[second]
 
 
+@pytest.mark.parametrize("selection, pending, chosen", [("puct", 0, 0), ("puct", 4, 1), ("uct", 0, 1)])
+def test_choice_by_hand(selection, pending, chosen):
+    """A named selection that is another one, or pending visits that don't count in sqrt(N). With c = 2, pUCT compares
+    0.5 + 0.2 sqrt(N) with -0.5 + 0.6 sqrt(N): 0.947 > 0.842 for N = 5, 1.1 < 1.3 for N = 9; UCT has 1.965 < 2.037."""
+    parent = node(5, 0.3, [node(3, 0.5, prior=0.4), node(1, -0.5, prior=0.6)], pending=pending)
+    assert mcts.choose_child(parent, SearchConfig(selection=selection, c_puct=2.0)) is parent.children[chosen]
+
+
 # ------------------------------------------------------------------------------------------------ Gumbel
 
 
@@ -221,7 +229,13 @@ def arms(probabilities):
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize(
     "count, simulations, planned",
-    [(2, 9, [4, 4]), (3, 13, [2, 5, 5]), (4, 9, [1, 1, 3, 3]), (8, 25, [1, 1, 1, 1, 3, 3, 7, 7])],
+    [
+        (2, 9, [4, 4]),
+        (3, 13, [2, 5, 5]),
+        (4, 9, [1, 1, 3, 3]),
+        (4, 16, [1, 1, 6, 7]),
+        (8, 25, [1, 1, 1, 1, 3, 3, 7, 7]),
+    ],
 )
 def test_sequential_halving_visits(world, count, simulations, planned, workers):
     """A Gumbel search that leaves its plan, with workers too."""
@@ -297,6 +311,15 @@ def test_duplicates_are_merged():
     first, second = tree.root.children
     assert (first.tokens, first.count, second.tokens, second.count, tree.merged) == ([1, 2], 2, [3], 1, 1)
     assert [first.prior, second.prior] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_gumbel_noise():
+    """No noise, or another one: the Gumbel distribution has mean 0.5772 and variance pi^2 / 6 (here at 5 sigma)."""
+    tree, count = tree_of(Node()), 4000
+    mcts.expand(tree, tree.root, [Sample([i], [-1.0], "step") for i in range(count)], SearchConfig())
+    gumbel = np.array([child.gumbel for child in tree.root.children])
+    assert gumbel.mean() == pytest.approx(0.5772, abs=5 * math.pi / math.sqrt(6 * count))
+    assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=5 * math.sqrt(4.4 / count))  # 4.4: kurtosis - 1
 
 
 # ------------------------------------------------------------------------------------------------ whole searches
@@ -398,6 +421,14 @@ def test_a_wave_is_one_call(world):
         single.search(config, [name])
     assert len(game.sampled) == max(len(single.sampled) for single in singles)
     assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, dict(stop_at_step=True)))}
+
+
+def test_answers_fill_a_wave(world):
+    """Waves cut short by a leaf that costs nothing: every worker may visit the same answer."""
+    game, tree = world(arms([1.0])), tree_of(Node())
+    for visits in (1, 5, 9):
+        mcts.wave([tree], game, game.critic, game.grade, SearchConfig(workers=4))
+        assert tree.root.visits == visits
 
 
 @pytest.mark.parametrize("part", ["sample", "critic", "grade"])

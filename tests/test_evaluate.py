@@ -1,0 +1,191 @@
+"""Tests of evaluate.py: the estimators against brute force and theory, evaluation against a sampler that is known."""
+
+import json
+import math
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate as module
+from countdown import Problem, Reward
+from evaluate import Score, best_of_budget, bootstrap, evaluate, evaluate_search, pass_at_k
+from mcts import SearchConfig
+from sampling import Usage
+
+WRONG = Reward(-0.5, False, True, "wrong value")
+
+
+@pytest.fixture
+def writer(policy, fake_sampler):
+    """A sampler that draws whole answers, given as text with their probabilities."""
+
+    def make(*answers):
+        rows = [(policy.tokenizer(f"{text} <|end|>")["input_ids"], p, "end") for text, p in answers]
+        return fake_sampler(lambda prefix: rows)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------ estimators
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right, data):
+    """Prevents a biased pass@k (brute force over all subsets of k samples)."""
+    k = data.draw(st.integers(1, len(right)))
+    subsets = [any(subset) for subset in combinations(right, k)]
+    assert pass_at_k(len(right), sum(right), k) == pytest.approx(np.mean(subsets))
+
+
+@pytest.mark.parametrize(("n", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0)])
+def test_impossible_counts_are_refused(n, correct, k):
+    """Prevents a share above 1, or of more samples than there are."""
+    with pytest.raises(ValueError, match="1 <= k <= n"):
+        pass_at_k(n, correct, k)
+
+
+def test_bootstrap_interval_is_the_normal_one_where_that_is_right():
+    """Prevents an interval of another width or level: mean +- 1.96 s / sqrt(n) for many problems."""
+    values = np.random.default_rng(1).normal(0.3, 2.0, 2_000)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert bootstrap(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 15)
+    assert bootstrap(values) == bootstrap(values) != bootstrap(values, seed=1)
+    assert bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
+    """Prevents error bars that promise too much."""
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap(rng.binomial(4, 0.3, 60) / 4, draws=400) for _ in range(300)]
+    assert 0.91 <= np.mean([low <= 0.3 <= high for low, high in intervals]) <= 0.98
+
+
+def test_a_score_by_hand():
+    """Prevents shares over the wrong axis, and a table line that says something else than the record."""
+    right = Reward(1.0, True, True, "correct")
+    none = Reward(-1.0, False, False, "no answer")
+    score = Score.of([[right, right, none, WRONG], [none] * 4, [right, WRONG, WRONG, WRONG]], Usage(7, 8, 9.0))
+    assert (score.problems, score.samples, score.usage) == (3, 4, Usage(7, 8, 9.0))
+    assert (score.mean_at_k, score.pass_at_k) == pytest.approx((3 / 12, 2 / 3))
+    assert (score.reward, score.parsed) == pytest.approx((-4 / 12, 7 / 12))
+    assert 0 <= score.mean_low < score.mean_at_k < score.mean_high <= 0.5
+    assert 0 <= score.pass_low < score.pass_at_k < score.pass_high <= 1
+    score.mean_low, score.mean_high = 0.0, 0.5
+    assert score.line() == "mean@4 25.00% [0.00%, 50.00%]  pass@4 66.67%  reward -0.333  format 58.3%"
+
+
+# ------------------------------------------------------------------------------------------------ policy alone
+
+
+def test_evaluation_counts_problems_samples_and_tokens(policy, writer, problems):
+    """Prevents answers graded against another problem, and tokens that are not counted."""
+    sampler = writer(("<answer> 2 + 3 </answer>", 1.0))
+    score = evaluate(policy, sampler, problems[:2], samples=3)
+    assert (score.problems, score.samples, score.mean_at_k, score.pass_at_k) == (2, 3, 0.5, 0.5)
+    assert (score.parsed, score.reward) == (1.0, pytest.approx((1 + 1 - 2 * 20 / 25) / 2))
+    assert score.usage.generated == 6 * 6
+    assert score.usage.prefilled == sum(len(policy.encode(p)) for p in problems[:2])
+
+
+def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer, monkeypatch):
+    """Prevents scores that change with the size of a block of problems, and the same draws for every problem."""
+    sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("", 0.5))
+    problems = [Problem((2, 3), 5)] * 20
+    scores = []
+    for chunk in (64, 7):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        scores.append(evaluate(policy, sampler, problems, samples=4))
+    assert scores[0] == scores[1] and scores[0].mean_low < scores[0].mean_at_k < scores[0].mean_high
+    assert evaluate(policy, sampler, problems, samples=4, seed=1) != scores[0]
+
+
+# ------------------------------------------------------------------------------------------------ with search
+
+
+@pytest.mark.parametrize("budget", [1, 6, 20, 90])
+def test_best_of_n_spends_its_budget_and_no_more(policy, writer, problems, budget):
+    """Prevents a rival that gets more tokens than the tree, or fewer than it could use."""
+    sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("<answer> 2 </answer>", 0.3), ("", 0.2))
+    config = SearchConfig(token_budget=budget)
+    rows, usage = best_of_budget(policy, sampler, problems, config, [1, 2, 3, 4])
+    spent = [sum(len(t.completion) for t in row) for row in rows]
+    for row, tokens in zip(rows, spent, strict=True):
+        assert tokens <= budget or len(row) == 1
+        assert tokens > budget - 6  # the longest answer would not have fitted
+    assert (usage.generated, usage.prefilled) == (sum(spent), sum(len(policy.encode(p)) for p in problems))
+    shorter, _ = best_of_budget(policy, sampler, problems, SearchConfig(token_budget=max(1, budget // 2)), [1, 2, 3, 4])
+    assert [row[: len(short)] for row, short in zip(rows, shorter)] == shorter
+    if budget == 90:  # more than one block of 8, and not the same one again
+        assert any([t.completion for t in row[:8]] != [t.completion for t in row[8:16]] for row in rows)
+
+
+@pytest.mark.parametrize("method", ["mcts", "best-of-n"])
+def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, problems, method, monkeypatch):
+    """Prevents a search whose best answer is lost, or charged to another problem."""
+    monkeypatch.setattr(module, "CHUNK", 1)
+    sampler = writer(("<answer> 2 + 3 </answer>", 0.3), ("<answer> 3 </answer>", 0.7))
+    config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64)
+    score = evaluate_search(policy, sampler, problems[:2], method, config)
+    assert (score.problems, score.samples, score.mean_at_k) == (2, 1, 0.5)
+    assert score.reward == pytest.approx((1 + 1 - 2 * 20 / 25) / 2)
+    assert 0 < score.usage.generated <= 2 * 100 and score.usage.prefilled > 0
+
+
+def test_a_tree_without_an_answer_counts_as_no_answer(policy, fake_sampler, problems):
+    """Prevents unanswered problems from leaving the average."""
+    sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
+    score = evaluate_search(policy, sampler, problems, "mcts", SearchConfig(simulations=2, workers=1, max_tokens=64))
+    assert (score.problems, score.mean_at_k, score.reward, score.parsed) == (4, 0.0, -1.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--max-tokens", "8"])
+    module.main()
+
+
+@pytest.mark.parametrize("search", ["none", "mcts", "best-of-n"])
+def test_command_line_prints_and_writes_one_result(checkpoint, tmp_path, monkeypatch, capsys, search):
+    """Prevents a result file whose settings overwrite what was found: it counts the problems that were graded."""
+    data, out = tmp_path / "problems.jsonl", tmp_path / "result.json"
+    data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3)
+    command(monkeypatch, checkpoint, "--search", search, "--data", data, "--samples", 2, "--budget", 40, "--out", out)
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert (result["problems"], result["samples"]) == (3, 2 if search == "none" else 1)
+    assert (result["search"], result["max_tokens"], result["mean_at_k"]) == (search, 8, 0.0)
+    assert {"torch", "commit", "mean_low", "mean_high"} <= result.keys()
+    assert f"search={search}: mean@{result['samples']} 0.00%" in printed
+    assert f"{result['usage']['generated'] / 3:.0f} tokens generated a problem" in printed
+
+
+def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, tmp_path, monkeypatch, capsys):
+    """Prevents an evaluation on training problems, or of another policy than the run's."""
+    (tmp_path / "policy").symlink_to(checkpoint)
+    asked = []
+    monkeypatch.setattr(
+        module, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)]
+    )
+    command(monkeypatch, tmp_path, "--problems", 5)
+    assert asked == [((5, "test"), {"size": 4})] and "mean@16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--search", "beam"), "none, mcts or best-of-n"),
+        (("--problems", "0"), "at least 1"),
+        (("--temperature", "0"), "temperature above 0"),
+    ],
+)
+def test_bad_options_are_told_at_once(checkpoint, monkeypatch, capsys, option, message):
+    """Prevents a crash, or an empty average, after the work is done."""
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, checkpoint, *option)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
