@@ -38,6 +38,7 @@ from sampling import Sampler, TorchSampler, Trajectory, Usage, complete
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
+TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # the most solved problems a token: LOG.md
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,21 @@ class Config:
     strict: bool = True  # intermediate results must be positive integers; the post did not check
 
     # budget: whichever ends first
-    tokens: int = 5_000_000  # generated tokens, 0 for no limit
+    tokens: int = 1_500_000  # generated tokens, 0 for no limit
     steps: int = 0  # optimiser steps, 0 for no limit
 
     # collecting
-    problems: int = 16  # problems a step
+    problems: int = 64  # problems a step
     samples: int = 16  # completions a problem: best-of-n, cispo, grpo
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree gives the trainer: best-path (the post), best-answer
-    tree: SearchConfig = field(default_factory=SearchConfig)  # --tree.simulations and so on
+    tree: SearchConfig = field(default_factory=lambda: TINY_TREE)  # --tree.simulations and so on
 
     # learning
     lora_rank: int = 0  # 0 trains all weights
     dtype: str = "float32"  # of frozen base weights under LoRA: float32, bfloat16
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     value_learning_rate: float = 1e-3  # the value head starts from nothing
     schedule: str = "linear"  # linear (to 0), constant
     warmup: int = 10  # steps
@@ -137,11 +138,11 @@ PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))
 QWEN = dict(model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, max_tokens=512, temperature=0.8)
 PRESETS["tiny"] = Config()
 PRESETS["qwen1.5b"] = Config(
-    preset="qwen1.5b", **QWEN, tokens=50_000_000, learning_rate=2e-5, value_learning_rate=1e-4, clip_gradient=0.1,
+    preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4, clip_gradient=0.1,
     eval_temperature=0.2, micro_batch_tokens=4_096, tree=SearchConfig(simulations=64),
 )  # fmt: skip
 PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 problems a step, 1,600 simulations each
-    preset="post", **QWEN, tokens=0, steps=2_048, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
+    preset="post", **QWEN, tokens=0, steps=2_048, problems=16, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
     clip_gradient=0.1, warmup=0, value_gradient=True, eval_temperature=0.2, micro_batch_tokens=4_096,
     tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
 )  # fmt: skip
