@@ -138,8 +138,8 @@ PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))
 QWEN = dict(model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, max_tokens=512, temperature=0.8)
 PRESETS["tiny"] = Config()
 PRESETS["qwen1.5b"] = Config(
-    preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4, clip_gradient=0.1,
-    eval_temperature=0.2, micro_batch_tokens=4_096, tree=SearchConfig(simulations=64),
+    preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
+    clip_gradient=0.1, eval_temperature=0.2, micro_batch_tokens=4_096, tree=SearchConfig(simulations=64),
 )  # fmt: skip
 PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 problems a step, 1,600 simulations each
     preset="post", **QWEN, tokens=0, steps=2_048, problems=16, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
