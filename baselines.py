@@ -57,6 +57,8 @@ def main() -> None:
     args = sys.argv[1:]
     if args[:1] == ["--resume"]:
         run(COLLECTORS, args, "cispo")
+    elif any(arg.startswith("--search") for arg in args):
+        runs.fail("--method names the method here; --search belongs to ppo.py")
     elif len(args) < 2 or args[0] != "--method" or args[1] not in COLLECTORS:
         runs.fail(f"start with --method {' | '.join(COLLECTORS)}, then any option of ppo.py")
     else:

@@ -1,6 +1,7 @@
 """Figures from run folders, for the README and the notebooks.
 
-python plots.py runs/* --out results/curves.png        # learning curves: validation mean@k against generated tokens
+python plots.py curves results/* --out results/curves.png    # validation mean@k against generated tokens
+python plots.py table results/*                              # the README's table, from the same folders
 """
 
 import json
@@ -51,21 +52,49 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     return figure
 
 
+def results_table(folders: list[Path]) -> str:
+    """A Markdown table of finished runs: test mean@k before and after with 95 % intervals, pass@k, cost."""
+    lines = ["| method | seed | mean@16 before | mean@16 after | pass@16 before → after | tokens | steps | training |"]
+    lines += ["|" + "---|" * 8]
+    for folder in folders:
+        config, rows = load(folder)
+        before, *_, after = [row for row in rows if "test_mean_at_k" in row]
+        means = [
+            "{:.1%} [{:.1%}, {:.1%}]".format(*(row[f"test_mean_{key}"] for key in ("at_k", "low", "high")))
+            for row in (before, after)
+        ]
+        lines.append(
+            f"| {config['search']} | {config['seed']} | {means[0]} | **{means[1]}** "
+            f"| {before['test_pass_at_k']:.1%} → {after['test_pass_at_k']:.1%} "
+            f"| {after['generated'] / 1e6:.2f} M | {after['step']} | {after['seconds'] / 60:.1f} min |"
+        )
+    return "\n".join(lines)
+
+
 @dataclass
 class PlotConfig:
-    """Draw the learning curves of some run folders."""
+    """Draw the learning curves of some run folders, or print their results as a table."""
 
+    what: tyro.conf.Positional[str]  # curves, table
     folders: tyro.conf.Positional[list[Path]]
     out: Path = Path("curves.png")
     x: str = "generated"  # generated, seconds
 
     def __post_init__(self):
+        self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
+        if self.what not in ("curves", "table"):
+            raise ValueError(f"the first word must be curves or table, not {self.what!r}")
+        if not self.folders:
+            raise ValueError("none of the folders holds a run (metrics.jsonl)")
         if self.x not in ("generated", "seconds"):
             raise ValueError(f"x must be generated or seconds, not {self.x!r}")
 
 
 def main() -> None:
     config = runs.read_config(PlotConfig)
+    if config.what == "table":
+        print(results_table(config.folders))
+        return
     learning_curves(config.folders, config.x).savefig(config.out, dpi=150)
     print(config.out)
 

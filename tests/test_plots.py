@@ -1,0 +1,56 @@
+"""Figures and tables from run folders."""
+
+import json
+
+import pytest
+
+import plots
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two seeds of one method, with made-up metrics."""
+    for seed in (0, 1):
+        folder = tmp_path / f"mcts-{seed}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"search": "mcts", "seed": seed}))
+        test = {f"test_{key}": 0.1 * (seed + 1) for key in ("mean_at_k", "mean_low", "mean_high", "pass_at_k")}
+        counters = [{"step": i, "generated": 1_000 * i, "seconds": 30.0 * i} for i in range(5)]
+        rows = [counters[0] | test, *(row | {"eval_mean": 0.1 * row["step"]} for row in counters[1:])]
+        rows.append(counters[4] | {key: 2 * value for key, value in test.items()})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sorted(tmp_path.iterdir())
+
+
+def test_curves_average_the_seeds_of_a_method(folders):
+    """A curve that shows one seed, or shares for per cent, would mislead."""
+    lines = plots.learning_curves(folders).axes[0].get_lines()
+    seeds, mean = lines[:2], lines[2]
+    assert [list(line.get_xdata()) for line in seeds] == [[1_000, 2_000, 3_000, 4_000]] * 2
+    assert mean.get_label() == "mcts (2 seeds)" and mean.get_ydata()[0] == pytest.approx(10)
+    assert mean.get_ydata()[-1] == pytest.approx(40)
+
+
+def test_table_takes_first_and_last_test_score(folders):
+    """The README's table must show the score before and after, not two of the same."""
+    header, _, first, second = plots.results_table(folders).splitlines()
+    assert header.startswith("| method | seed |")
+    assert (
+        "| mcts | 0 | 10.0% [10.0%, 10.0%] | **20.0% [20.0%, 20.0%]** | 10.0% → 20.0% | 0.00 M | 4 | 2.0 min |" == first
+    )
+    assert "**40.0% [40.0%, 40.0%]**" in second
+
+
+def test_command_line(folders, tmp_path, monkeypatch, capsys):
+    """Both forms must work on a shell's glob, which names other files too; nonsense is one line."""
+    monkeypatch.setattr("sys.argv", ["plots.py", "curves", *map(str, folders), "--out", str(tmp_path / "curves.png")])
+    plots.main()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr("sys.argv", ["plots.py", "table", *map(str, tmp_path.iterdir())])
+    plots.main()
+    assert "| mcts | 1 |" in capsys.readouterr().out
+    for arguments in (["pie", str(folders[0])], ["table", str(tmp_path / "nothing")]):
+        monkeypatch.setattr("sys.argv", ["plots.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            plots.main()
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
