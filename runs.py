@@ -44,8 +44,6 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
         parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
         message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
         fail(f"{message} (--help lists the options)")
-    except ValueError as error:  # from __post_init__
-        fail(str(error))
 
 
 def fail(message: str) -> None:
