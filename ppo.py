@@ -67,7 +67,8 @@ class Config:
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree gives the trainer: best-path (the post), best-answer
-    tree: SearchConfig = field(default_factory=lambda: TINY_TREE)  # --tree.simulations and so on
+    # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
+    tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
     # learning
     lora_rank: int = 0  # 0 trains all weights
