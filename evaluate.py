@@ -168,7 +168,8 @@ class EvaluateConfig:
     temperature: float = 1.0
     max_tokens: int = 64  # of a completion
     simulations: int = 1024  # visits a tree at most, with mcts
-    children: int = 4
+    children: int = 3
+    prior: str = "sum"  # mean, sum, count, uniform
     workers: int = 1
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
@@ -197,6 +198,7 @@ def main() -> None:
         settings = SearchConfig(
             simulations=config.simulations,
             children=config.children,
+            prior=config.prior,
             workers=config.workers,
             temperature=config.temperature,
             max_tokens=config.max_tokens,
