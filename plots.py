@@ -9,9 +9,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
+from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 import runs
 
@@ -26,9 +27,6 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean"):
     """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
     thin line for each seed. Returns the matplotlib figure."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     curves = defaultdict(list)
     for folder in folders:
         config, rows = load(folder)
@@ -45,6 +43,7 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
         label = f"{method} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         axes.plot(grid, mean, color=color, linewidth=2.2, label=label)
     axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("validation mean@k, %")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
