@@ -38,7 +38,7 @@ from sampling import Sampler, TorchSampler, Trajectory, Usage, complete
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
-TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # the most solved problems a token: LOG.md
+TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
 
 
 @dataclass(frozen=True)

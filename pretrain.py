@@ -12,7 +12,6 @@ them the policy learns that the last result *is* the target, and miscalculates t
 
 import json
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import runs
 from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
 
 LARGEST = 255  # integers up to here are one token; a longer one goes on with a token a digit: 468 is 46 ##8
@@ -216,9 +216,4 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        pretrain(tyro.cli(PretrainConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs.command(lambda: pretrain(runs.read_config(PretrainConfig)))
