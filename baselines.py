@@ -13,9 +13,10 @@ import sys
 import numpy as np
 
 import runs
+from config import Config
 from countdown import Problem
 from policy import Policy
-from ppo import Collected, Config, run, sample_rows
+from ppo import Collected, run, sample_rows
 from sampling import Sampler
 
 

@@ -2,7 +2,8 @@
 
 One base model serves three roles. Adapter on (or trained weights) is the policy pi, adapter off is the frozen
 reference of the KL penalty, and the same value head on the same final hidden state is the critic of the search and
-of the trainer. Trainable weights are fp32. Logits are computed in chunks and never for a whole batch at once.
+of the trainer. Trainable weights are fp32; frozen ones may be fp32, bf16 or, under LoRA, 4-bit NF4 (QLoRA, Dettmers et
+al. 2023). Logits are computed in chunks and never for a whole batch at once.
 
 Deviations from the post: one critic with one normalisation (the original trained with a LayerNorm that its search
 left out), fp32 trainable weights instead of bf16, and a value head whose gradient stops at the backbone by default.
@@ -18,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from countdown import Problem, Reward, prompt, verify
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 LOGIT_CHUNK = 2**22  # elements of [rows, vocabulary] alive at once
+CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
 
 class ValueHead(nn.Module):
@@ -69,6 +72,7 @@ class Policy(nn.Module):
     """A causal LM with a value head. `version` counts the updates that its weights have seen."""
 
     def __init__(self, lm: nn.Module, tokenizer, lora: bool):
+        """`lm` is a transformers model, wrapped by PEFT if `lora`."""
         super().__init__()
         self.lm = lm
         self.tokenizer = tokenizer
@@ -76,11 +80,16 @@ class Policy(nn.Module):
         self.value_head = ValueHead(lm.config.hidden_size)
         self.reference = None if lora else copy.deepcopy(lm).requires_grad_(False)
         self.version = 0
-        self.to(lm.device)
+        self.value_head.to(lm.device)
 
     @property
     def device(self) -> torch.device:
         return self.lm.device
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model inside, without PEFT's wrapping; an adapter still acts in its layers."""
+        return self.lm.get_base_model() if self.lora else self.lm
 
     @property
     def stop_ids(self) -> set[int]:
@@ -105,9 +114,21 @@ class Policy(nn.Module):
     def hidden(self, ids: Tensor, attention: Tensor, reference: bool = False, **cache):
         """The backbone's output, hidden states [B, L, H] first; positions follow the attention mask."""
         positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, L]
-        lm = self.lm if self.lora or not reference else self.reference
-        backbone = lm.get_base_model().model if self.lora else lm.model
-        return backbone(input_ids=ids, attention_mask=attention, position_ids=positions, **cache)
+        lm = self.reference if reference and not self.lora else self.base
+        return lm.model(input_ids=ids, attention_mask=attention, position_ids=positions, **cache)
+
+    @contextmanager
+    def recomputing(self):
+        """Inside, layers keep their inputs only and the backward pass computes the rest again, where the model was
+        loaded so. Not by `train()`: dropout would come with it."""
+        layers = [layer for layer in self.lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     @contextmanager
     def as_reference(self):
@@ -126,9 +147,13 @@ class Policy(nn.Module):
     @torch.no_grad()
     def values(self, states: list[list[int]]) -> list[float]:
         """The critic: V(s) in [-1, 1] of each state, a token sequence, from its last token."""
-        ids, attention = left_pad(states, self.tokenizer.pad_token_id, self.device)
-        hidden = self.hidden(ids, attention).last_hidden_state[:, -1]  # [B, H]
-        return self.value_head(hidden).tolist()
+        values = [0.0] * len(states)
+        for some in batches([len(state) for state in states], CRITIC_TOKENS):
+            ids, attention = left_pad([states[i] for i in some], self.tokenizer.pad_token_id, self.device)
+            hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
+            for i, value in zip(some, self.value_head(hidden).tolist(), strict=True):
+                values[i] = value
+        return values
 
     def batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -143,7 +168,8 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """log pi(a_t | s_t) at `temperature`, V(s_t) and the entropy of pi(. | s_t), each [B, T] over the completion;
         s_t is the state before token t. The entropy carries no gradient; V's stops at the backbone by default."""
-        targets, hidden = self._states(batch)
+        with self.recomputing():
+            targets, hidden = self._states(batch)
         logprobs, entropy = chunked_logprobs(self.head, hidden, targets, temperature)
         values = self.value_head(hidden if value_gradient else hidden.detach())
         return logprobs, values, entropy
@@ -158,14 +184,16 @@ class Policy(nn.Module):
     def _states(self, batch: Batch, reference: bool = False) -> tuple[Tensor, Tensor]:
         """The completion's tokens [B, T] and the hidden states they were predicted from [B, T, H]."""
         width = batch.completion.shape[1]
-        hidden = self.hidden(batch.ids, batch.attention, reference).last_hidden_state
+        hidden = self.hidden(batch.ids, batch.attention, reference, use_cache=False).last_hidden_state
         return batch.ids[:, -width:], hidden[:, -width - 1 : -1]
 
     # -------------------------------------------------------------------------------------------- files
 
     def save(self, folder: Path) -> None:
         """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head beside them."""
-        self.lm.save_pretrained(folder)
+        # one file, and no look at the hub for a changed vocabulary
+        options = dict(save_embedding_layers=False) if self.lora else dict(max_shard_size="1TB")
+        self.lm.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
@@ -216,30 +244,64 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
 
 
-def load_policy(model: str | Path, lora_rank: int = 0, device: str = "cpu", dtype: str = "float32") -> Policy:
-    """A policy from a Hugging Face name or folder, or from a folder written by `Policy.save` (adapters included).
+def batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices in groups of similar length, longest first, of at most `tokens` each, padding included (but one row at
+    least)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_policy(
+    model: str | Path,
+    lora_rank: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str = "none",
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
 
     lora_rank 0 trains all weights (then fp32 is needed); above 0 it trains a LoRA adapter of that rank in fp32 on
-    all linear layers over a frozen base in `dtype`. Raises ValueError with what to do when the model can't be used.
+    all linear layers over a frozen base in `dtype`, its linear layers in 4 bits with quantize="nf4". Raises ValueError
+    with what to do when the model can't be used.
     """
-    model = str(model)
-    adapter = Path(model) if (Path(model) / "adapter_config.json").exists() else None
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter else model
+    folder, base = locate(model)
+    adapter = folder if base != folder else None
+    lora = bool(adapter or lora_rank)
+    if not lora and dtype != "float32":
+        raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
+    if not lora and quantize != "none":
+        raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
+    dtype = getattr(torch, dtype)
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    if quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": device}
     try:
         # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(model, padding_side="left")
-        lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"can't load {model!r}: pass a Hugging Face name or a local folder ({reason})") from None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+        lm = AutoModelForCausalLM.from_pretrained(base, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(explain(folder, base, error)) from None
     if tokenizer.chat_template is None:
-        raise ValueError(f"{model!r} has no chat template: use an instruct model")
+        raise ValueError(f"{str(model)!r} has no chat template: use an instruct model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if lora_rank == 0 and dtype != "float32" and not adapter:
-        raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
-    lm.to(device)
-    if adapter or lora_rank:
+    if quantize == "none":
+        lm.to(device)
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         settings = LoraConfig(r=lora_rank or 1, lora_alpha=2 * lora_rank, target_modules="all-linear")
@@ -247,7 +309,45 @@ def load_policy(model: str | Path, lora_rank: int = 0, device: str = "cpu", dtyp
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    policy = Policy(lm.eval(), tokenizer, lora=bool(adapter or lora_rank))
-    if (head := Path(model) / "value_head.safetensors").exists():
+    policy = Policy(lm.eval(), tokenizer, lora)
+    if (head := Path(folder) / "value_head.safetensors").exists():
         policy.value_head.load_state_dict(load_file(head))
     return policy
+
+
+def locate(model: str | Path) -> tuple[str, str]:
+    """Where tokenizer (and adapter, if it is one) and base weights are: two folders or Hugging Face names. A run folder
+    stands for its final policy. ValueError, before anything is read, for what can't be a model."""
+    path, name = Path(model).expanduser(), str(model)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        raise ValueError(f"{name} is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER")
+    if not path.exists():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ValueError(f"there is no folder {name}")
+        return name, name
+    if path.is_file():
+        raise ValueError(f"{name} is a file: pass the folder of a Hugging Face model")
+    if (path / "policy").is_dir():
+        path = path / "policy"
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
+        return str(path), base
+    if not (path / "config.json").exists():
+        held = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (it holds {held})")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
+    return str(path), str(path)
+
+
+def explain(folder: str, base: str, error: Exception) -> str:
+    """One line of advice when transformers could not load a model that `locate` let pass."""
+    what = f"{folder!r}" if folder == base else f"the base model {base!r} of the adapter {folder!r}"
+    if Path(base).exists():
+        return f"can't load {what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return (
+        f"can't load {what}: no such folder, and not to be had from the Hugging Face hub (no access, or no such name). "
+        f"Where there is access: hf download {base} --local-dir FOLDER; then pass the folder"
+    )

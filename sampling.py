@@ -1,13 +1,19 @@
-"""Sampling: the records that flow from model to trainer, and the engine that draws them.
+"""Sampling: the records that flow from model to trainer, and the two engines that draw them.
 
 A sampler continues prefixes: `sample(prefixes, n, …)` returns, for each prefix, n continuations with the token ids, the
 log-probability of every token *under the distribution it was drawn from*, and why it ended. TorchSampler runs
 anywhere PyTorch does: siblings share one prefill of their prefix, finished rows leave the batch, and each prefix
-has a random stream of its own, so what is drawn for it does not depend on what else is in the batch.
+has a random stream of its own, so what is drawn for it does not depend on what else is in the batch. VLLMSampler is
+vLLM in the same process, for GPUs; tests/test_samplers.py holds both to the same contract.
 """
 
+import os
+import shutil
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,18 +24,21 @@ from countdown import Problem, Reward
 from policy import Policy, left_pad
 
 STEP_END = "</step>"
+DRAW_CHUNK = 2**24  # elements of [rows, vocabulary] alive at once while tokens are drawn: about 0.5 GB
 
 
 @dataclass
 class Usage:
-    """What generation cost: tokens drawn, prompt tokens run through the model (the critic's too), seconds."""
+    """What generation cost, the critic's share apart."""
 
-    generated: int = 0
-    prefilled: int = 0
-    seconds: float = 0.0
+    generated: int = 0  # tokens drawn
+    prefilled: int = 0  # prefix tokens that the sampler ran through the model; those found in its cache don't count
+    seconds: float = 0.0  # of the sampler
+    valued: int = 0  # tokens that the critic read
+    critic_seconds: float = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(self.generated + other.generated, self.prefilled + other.prefilled, self.seconds + other.seconds)
+        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Usage)))
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Trajectory:
     reward: Reward
     version: int  # of the policy that sampled it
     source: str  # the method that made it
+    trainer_logprobs: list[float] | None = None  # of the trainer before the update, where it recomputes them
     advantage: float | None = None  # fixed by group methods; otherwise the critic's R - V(s_t)
 
 
@@ -65,7 +75,18 @@ class Sampler(Protocol):
         temperature: float,
         stop_at_step: bool,
     ) -> tuple[list[list[Sample]], Usage]:
-        """`n` continuations of each prefix, of at most `max_tokens` tokens; prefix i draws from the stream seeds[i]."""
+        """`n` continuations of each prefix, of at most `max_tokens` tokens; prefix i draws from the stream seeds[i].
+        The policy's newest weights are served, whatever happened since the last call."""
+
+    def rest(self) -> None:
+        """Give the GPU's memory to the trainer until the next call of `sample`."""
+
+
+def check_context(policy: Policy, prefixes: list[list[int]], max_tokens: int) -> None:
+    """ValueError if a continuation could outgrow the model's positions."""
+    limit = getattr(policy.lm.config, "max_position_embeddings", 10**9)
+    if (longest := max(map(len, prefixes), default=0)) + max_tokens > limit:
+        raise ValueError(f"{longest} prefix + {max_tokens} new tokens exceed the model's context of {limit}")
 
 
 class TorchSampler:
@@ -74,14 +95,13 @@ class TorchSampler:
     def __init__(self, policy: Policy, batch: int = 1024):
         self.policy = policy
         self.batch = batch  # rows decoded together
+        self.chunk = max(1, DRAW_CHUNK // policy.lm.config.vocab_size)  # rows whose logits are alive together
         pieces = policy.tokenizer.batch_decode([[i] for i in range(policy.lm.config.vocab_size)])
         self.closes = torch.tensor([STEP_END[-1] in piece for piece in pieces], device=policy.device)  # [V]
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began = time.perf_counter()
-        limit = getattr(self.policy.lm.config, "max_position_embeddings", 10**9)
-        if (longest := max(map(len, prefixes), default=0)) + max_tokens > limit:
-            raise ValueError(f"{longest} prefix + {max_tokens} new tokens exceed the model's context of {limit}")
+        check_context(self.policy, prefixes, max_tokens)
         order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # neighbours pad little
         rows: list[list[Sample]] = [[] for _ in prefixes]
         size = max(1, self.batch // n)
@@ -97,6 +117,9 @@ class TorchSampler:
             seconds=time.perf_counter() - began,
         )
         return rows, usage
+
+    def rest(self):
+        """Nothing to give: the weights are the trainer's, and a call keeps no cache."""
 
     @torch.inference_mode()
     def _decode(self, prefixes, n, seeds, max_tokens, temperature, stop_at_step) -> list[list[Sample]]:
@@ -118,10 +141,8 @@ class TorchSampler:
         alive = torch.arange(total, device=device)  # rows still being written, in the order of the cache
         stops = torch.tensor(sorted(policy.stop_ids), device=device)
         for t in range(max_tokens):
-            logp = torch.log_softmax(policy.head(hidden) / temperature, -1)  # [r, V]
-            token = inverse_cdf(logp, uniform[alive, t])  # [r]
+            token, logprobs[alive, t] = self._draw(hidden, uniform[alive, t], temperature)  # [r], [r]
             tokens[alive, t] = token
-            logprobs[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
             done = at_end = torch.isin(token, stops)
             if stop_at_step:
                 done = at_end | self._at_step(tokens[alive, max(0, t + 1 - len(STEP_END)) : t + 1])
@@ -143,6 +164,15 @@ class TorchSampler:
         samples = [Sample(row[:length], logp[:length], why) for row, logp, length, why in table]
         return [samples[i : i + n] for i in range(0, total, n)]
 
+    def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, temperature: float):
+        """A token and its log-probability for each row of hidden states [r, H], a chunk of rows at a time."""
+        drawn = []
+        for states, u in zip(hidden.split(self.chunk), uniform.split(self.chunk), strict=True):
+            logp = torch.log_softmax(self.policy.head(states) / temperature, -1)  # [chunk, V]
+            token = inverse_cdf(logp, u)  # [chunk]
+            drawn.append((token, logp.gather(-1, token[:, None]).squeeze(-1)))
+        return (torch.cat(parts) for parts in zip(*drawn, strict=True))
+
     def _at_step(self, tails: torch.Tensor) -> torch.Tensor:
         """Which rows [r] end in </step>, given their last tokens [r, <= 7]. The text decides: Qwen2.5 writes it as 522
         9520 29 after a digit, but 690 9520 29 after a space and 522 9520 397 before a newline."""
@@ -150,6 +180,131 @@ class TorchSampler:
         at_step = torch.zeros(len(tails), dtype=torch.bool, device=tails.device)
         at_step[[row for row in rows if STEP_END in self.policy.tokenizer.decode(tails[row])]] = True
         return at_step
+
+
+class VLLMSampler:
+    """vLLM in this process. Every call first serves the policy's newest weights: a LoRA policy as a new adapter (vLLM
+    caches adapters by id: the same id with new files would silently stay the old one), a fully trained one by reloading
+    all weights (the tied head by its own name, or the old one would stay). Log-probabilities are those of the
+    distribution drawn from, not vLLM's default of the untempered one."""
+
+    def __init__(self, policy: Policy, context: int, cache_gb: float = 1.0, seed: int = 0):
+        """`context`: tokens of the longest sequence; `cache_gb`: GB (2**30 bytes) of KV cache."""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.on_gpu = policy.device.type == "cuda"
+        if not self.on_gpu:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm
+
+        self.vllm, self.policy = vllm, policy
+        self.served: int | None = None  # the policy's version that vLLM holds
+        self.adapter, self.adapters = None, Path(tempfile.mkdtemp(prefix="adapters-"))
+        self.asleep = False
+        lora = policy.lm.peft_config["default"].r if policy.lora else 0
+        self.llm = vllm.LLM(
+            model=policy.base.name_or_path,
+            tokenizer=policy.tokenizer.name_or_path,
+            dtype=policy.base.dtype,
+            quantization="bitsandbytes" if getattr(policy.base, "is_loaded_in_4bit", False) else None,
+            max_model_len=context,
+            kv_cache_memory_bytes=int(cache_gb * 2**30),
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # not the model's own top-p and repetition penalty
+            enable_lora=bool(lora),
+            max_lora_rank=next((rank for rank in LORA_RANKS if rank >= lora), lora),
+            enable_sleep_mode=self.on_gpu,
+            enforce_eager=not self.on_gpu,
+            disable_log_stats=False,  # they count what the prefix cache saved; they stay in this process
+            seed=seed,
+        )
+        probe = policy.tokenizer("<step> 1 + 2 = 3 </step>")["input_ids"]
+        if self.llm.get_tokenizer().decode(probe) != policy.tokenizer.decode(probe):
+            raise ValueError("vLLM reads this model's tokenizer in another way: pass --sampler torch")
+
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+        began = time.perf_counter()
+        check_context(self.policy, prefixes, max_tokens)
+        self._serve()
+        wanted = [
+            self.vllm.SamplingParams(
+                n=n,
+                seed=seed % 2**62,  # vLLM adds the sample's index
+                max_tokens=max_tokens,
+                temperature=temperature,
+                logprobs=0,  # of the drawn token
+                stop=[STEP_END] if stop_at_step else None,
+                stop_token_ids=sorted(self.policy.stop_ids),
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,
+                detokenize=stop_at_step,
+            )
+            for seed in seeds
+        ]
+        missed = self._cache_misses()
+        prompts = [{"prompt_token_ids": prefix} for prefix in prefixes]
+        outputs = self.llm.generate(prompts, wanted, lora_request=self.adapter, use_tqdm=False) if prompts else []
+        rows = [[self._record(one) for one in sorted(row.outputs, key=lambda o: o.index)] for row in outputs]
+        usage = Usage(
+            generated=sum(len(s.tokens) for row in rows for s in row),
+            prefilled=self._cache_misses() - missed,
+            seconds=time.perf_counter() - began,
+        )
+        return rows, usage
+
+    def rest(self):
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=1)  # weights go to the CPU's memory, the KV cache is dropped
+            self.asleep = True
+
+    def _serve(self) -> None:
+        """Wake up, and bring vLLM's weights to the policy's version."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep, self.served = False, None
+        if self.served == self.policy.version:
+            return
+        if self.policy.lora:
+            from vllm.lora.request import LoRARequest
+
+            number = self.adapter.lora_int_id + 1 if self.adapter else 1
+            folder = self.adapters / str(number)
+            self.policy.lm.save_pretrained(folder, save_embedding_layers=False)
+            if self.adapter:
+                self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
+                shutil.rmtree(self.adapter.lora_path)
+            self.adapter = LoRARequest(f"policy-{number}", number, str(folder))
+        else:  # state_dict names the tied head too
+            weights = self.policy.lm.state_dict().items()
+            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        self.llm.reset_prefix_cache()
+        self.served = self.policy.version
+
+    def _cache_misses(self) -> int:
+        """Prefix tokens that vLLM has run through the model so far."""
+        counted = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
+        return int(counted.get("vllm:prefix_cache_queries", 0) - counted.get("vllm:prefix_cache_hits", 0))
+
+    def _record(self, output) -> Sample:
+        ended = "length" if output.finish_reason == "length" else "step" if output.stop_reason == STEP_END else "end"
+        tokens = list(output.token_ids)
+        return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
+
+
+def make_sampler(kind: str, policy: Policy, context: int, rows: int, cache_gb: float, seed: int) -> Sampler:
+    """The engine that `kind` names. "auto" is vLLM where it is installed and the policy is on a GPU, else torch."""
+    if kind == "auto":
+        kind = "vllm" if find_spec("vllm") and policy.device.type == "cuda" else "torch"
+    if kind == "torch":
+        return TorchSampler(policy, rows)
+    if not find_spec("vllm"):
+        raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
+    return VLLMSampler(policy, context, cache_gb, seed)
 
 
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

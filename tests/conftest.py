@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.random_qwen import THIN, Shape, make_checkpoint
+from config import Config
 from countdown import Problem
 from mcts import SearchConfig
 from policy import load_policy
-from ppo import Config
 from pretrain import PretrainConfig, build_model, build_tokenizer
 from sampling import Sample, Usage
 
@@ -30,6 +31,13 @@ def checkpoint(tmp_path_factory):
     build_model(PretrainConfig(hidden=64, layers=2), len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A folder with a thin Qwen2.5: its tokenizer's kind, chat format, padded vocabulary, two stop tokens and shape of
+    attention, and weights that know the tags but no arithmetic."""
+    return make_checkpoint(Shape(tmp_path_factory.mktemp("thin-qwen"), **THIN, lessons=60))
 
 
 @pytest.fixture

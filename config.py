@@ -1,0 +1,171 @@
+"""What a run depends on: one dataclass, its presets, and how the command line reads them.
+
+    python ppo.py --preset tiny --tree.simulations 64 --learning-rate 1e-4
+
+A preset is a Config; every field can be overridden, unknown ones are errors.
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+import runs
+from mcts import CHOICES, SearchConfig
+from policy import TINY
+
+METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
+TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. --preset tiny, qwen1.5b or post sets the defaults, any field overrides them."""
+
+    preset: str = "tiny"  # tiny (CPU, minutes), qwen1.5b (one consumer GPU), post (the post's hyper-parameters)
+    search: str = "mcts"  # where trajectories come from: mcts, none; baselines.py: best-of-n, cispo, grpo
+    model: str = str(TINY)  # Hugging Face name or folder
+    out: Path = Path()  # run folder; empty: runs/METHOD-PRESET-seedN
+    seed: int = 0
+
+    # task
+    size: int = 4  # numbers in a problem
+    split: str = "multiset"  # multiset (no leak), post (leaks, for comparison)
+    train_problems: int = 20_000
+    strict: bool = True  # intermediate results must be positive integers; the post did not check
+
+    # budget: whichever ends first
+    tokens: int = 1_500_000  # generated tokens, 0 for no limit
+    steps: int = 0  # optimiser steps, 0 for no limit
+
+    # collecting
+    problems: int = 64  # problems a step
+    samples: int = 16  # completions a problem: best-of-n, cispo, grpo
+    temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
+    max_tokens: int = 64  # of a completion
+    distill: str = "best-path"  # what a tree gives the trainer: best-path (the post), best-answer
+    # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
+    tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
+
+    sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm
+
+    # memory
+    lora_rank: int = 0  # 0 trains all weights
+    dtype: str = "float32"  # of frozen base weights under LoRA: float32, bfloat16
+    quantize: str = "none"  # linear layers of the frozen base: none, nf4 (4 bits, QLoRA)
+    optimizer: str = "adamw"  # adamw, paged-adamw8bit (a quarter of the state, moved to the CPU when memory is short)
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass
+    gpu_memory: float = 0.0  # GB (2**30 bytes) that the run may take, 8, 12, 16, 24 …; 0: what the GPU has
+    micro_batch_tokens: int = 16_384  # tokens in one forward and backward pass, fewer where memory is short
+
+    # learning
+    learning_rate: float = 3e-4
+    value_learning_rate: float = 1e-3  # the value head starts from nothing
+    schedule: str = "linear"  # linear (to 0), constant
+    warmup: int = 10  # steps
+    inner_steps: int = 1  # passes over a step's trajectories
+    clip_gradient: float = 1.0
+    loss: str = "cispo"  # cispo, ppo
+    # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer: the post, ratio 1 at first),
+    # truncated (recomputed, and the loss weighted by min(pi_trainer / pi_sampler, importance_cap))
+    old_logprobs: str = "recorded"
+    importance_cap: float = 2.0
+    max_disagreement: float = 0.1  # mean |log pi_sampler - log pi_trainer| a token above which a step warns
+    clip_high: float = 5.0  # CISPO's cap on the ratio
+    clip_ppo: float = 0.2  # PPO's epsilon
+    normalize: str = (
+        "sequence"  # average over tokens, then trajectories (sequence, the post), or over all tokens (token)
+    )
+    gae_lambda: float = 1.0  # 1 gives A = R - V
+    value_coefficient: float = 1.0
+    value_gradient: bool = False  # let the value loss train the backbone too (the post)
+    kl_coefficient: float = 0.05
+
+    # measuring
+    evaluations: int = 10  # on the validation split along the run
+    eval_problems: int = 200
+    eval_samples: int = 4
+    test_problems: int = 820  # before and after training
+    test_samples: int = 16
+    eval_temperature: float = 1.0
+    device: str = "auto"  # auto, cpu, cuda
+
+    def __post_init__(self):
+        for name, choices in dict(
+            preset=tuple(PRESETS), search=METHODS, split=("multiset", "post"), distill=tuple(CHOICES),
+            sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
+            optimizer=("adamw", "paged-adamw8bit"), old_logprobs=("recorded", "recomputed", "truncated"),
+            schedule=("linear", "constant"), loss=("cispo", "ppo"), normalize=("sequence", "token"),
+        ).items():  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        at_least = dict(
+            problems=1, samples=1, max_tokens=1, inner_steps=1, train_problems=1, test_problems=1, test_samples=1,
+            eval_problems=1, eval_samples=1, micro_batch_tokens=1, tokens=0, steps=0, lora_rank=0, warmup=0,
+            evaluations=0, kl_coefficient=0, value_coefficient=0, learning_rate=0, value_learning_rate=0, seed=0,
+            gpu_memory=0,
+        )  # fmt: skip
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.tokens == 0 and self.steps == 0:
+            raise ValueError("the run would never end: set tokens or steps above 0")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda must be in [0, 1], not {self.gae_lambda}")
+        above_0 = "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap max_disagreement"
+        for name in above_0.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.lora_rank == 0 and self.dtype != "float32":
+            raise ValueError("training all weights needs dtype float32: in bf16 most small updates round to nothing")
+        if self.lora_rank == 0 and self.quantize != "none":
+            raise ValueError("4-bit weights can't be trained: set lora_rank above 0, or quantize to none")
+        if self.search in ("cispo", "grpo") and self.samples < 2:
+            raise ValueError(f"{self.search} compares the samples of a problem: samples must be at least 2")
+
+    @property
+    def search_config(self) -> SearchConfig:
+        """The tree's settings with the run's temperature and token cap."""
+        return replace(self.tree, temperature=self.temperature, max_tokens=self.max_tokens)
+
+    @property
+    def folder(self) -> Path:
+        return self.out if self.out != Path() else Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
+
+
+PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))
+QWEN = dict(
+    model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
+    temperature=0.8,
+)  # fmt: skip
+PRESETS["tiny"] = Config()
+PRESETS["qwen1.5b"] = Config(
+    preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
+    clip_gradient=0.1, eval_temperature=0.2, micro_batch_tokens=4_096, tree=SearchConfig(simulations=64),
+)  # fmt: skip
+PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 problems a step, 1,600 simulations each
+    preset="post", **QWEN, tokens=0, steps=2_048, problems=16, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
+    clip_gradient=0.1, warmup=0, value_gradient=True, eval_temperature=0.2, micro_batch_tokens=4_096,
+    tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
+)  # fmt: skip
+
+
+def parse(args: list[str], method: str) -> tuple[Config, bool]:
+    """The configuration of a run, and whether it goes on with an interrupted one."""
+    if "--resume" in args:
+        if len(args) != 2 or args[0] != "--resume":
+            runs.fail("--resume RUN takes no other option: the run's own configuration is used")
+        saved = json.loads((Path(args[1]) / "config.json").read_text())
+        known = {f.name for f in fields(Config)}
+        saved = {key: value for key, value in saved.items() if key in known}
+        saved |= {"out": Path(args[1]), "tree": SearchConfig(**saved["tree"])}
+        return Config(**saved), True
+    name = "qwen1.5b" if torch.cuda.is_available() else "tiny"
+    for i, arg in enumerate(args):
+        if arg == "--preset" or arg.startswith("--preset="):
+            name = arg.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+    if name not in PRESETS:
+        runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    default = replace(PRESETS[name], search=method, loss="ppo" if method == "grpo" else PRESETS[name].loss)
+    return runs.read_config(Config, args, default), False

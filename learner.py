@@ -1,0 +1,197 @@
+"""The learner: trajectories in, new weights out. The losses are pure functions of [B, T] tensors.
+
+The loss of a trajectory with reward R, averaged over its tokens (the post):
+    A_t  = R - V(s_t)                                     advantage, no gradient (GAE with gamma = lambda = 1)
+    L    = -min(ratio, 5).detach() * A_t * log pi(a_t)    CISPO (MiniMax 2025, eq. 4), ratio = pi / pi_sampler
+         + 1.0 * (V(s_t) - R)^2 + 0.05 * (exp(D) - D - 1) value loss and k3 KL, D = log pi_ref - log pi
+
+Deviations from the post: the ratio uses the log-probabilities recorded while sampling (recomputed ones make it 1, and
+the clip inert); trainable weights and optimiser state are fp32; the value loss does not reach the backbone unless
+asked. How far sampler and trainer are apart is measured at every step, on that step's own samples.
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
+from policy import Policy, batches
+from sampling import Trajectory
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def gae(reward: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """Advantages [B, T] with gamma = 1 and one reward [B] at the end (Schulman et al. 2016, eq. 16).
+
+    delta_t = V(s_t+1) - V(s_t), with R in place of V(s_t+1) at the last token; A_t = sum_k lam^k delta_t+k.
+    values, mask: [B, T], the completion at the right end, so that column T - 1 is every row's last token.
+    """
+    following = torch.cat([values[:, 1:], reward[:, None]], 1)  # [B, T]
+    delta = (following - values) * mask
+    advantage, running = torch.zeros_like(values), torch.zeros_like(reward)
+    for t in reversed(range(values.shape[1])):
+        running = delta[:, t] + lam * running
+        advantage[:, t] = running
+    return advantage * mask
+
+
+def cispo_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, clip_high: float) -> Tensor:
+    """-min(ratio, clip_high).detach() * A * log pi, a token (MiniMax-M1 2025, eq. 4-5). All [B, T]."""
+    ratio = (logprobs - old).exp().clamp(max=clip_high).detach()
+    return -ratio * advantage * logprobs
+
+
+def ppo_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), a token (Schulman et al. 2017, eq. 7). All [B, T]."""
+    ratio = (logprobs - old).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """exp(D) - D - 1 >= 0 with D = log pi_ref - log pi: Schulman's k3 estimate of KL(pi || pi_ref), a token."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def token_weights(mask: Tensor, how: str, trajectories: int, tokens: int) -> Tensor:
+    """Weights [B, T] that make a sum over a whole step's tokens the average `how` names: "sequence" averages over the
+    tokens of a trajectory and then over trajectories, "token" over all tokens alike."""
+    if how == "token":
+        return mask / tokens
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / trajectories
+
+
+# ------------------------------------------------------------------------------------------------ updating
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    trajectories: list[Trajectory],
+    config: Config,
+    micro_tokens: int = 0,
+) -> dict[str, float]:
+    """`inner_steps` optimiser steps on the trajectories. Returns the last one's means over tokens; how far the
+    sampler's log-probabilities were from the trainer's before the first (`disagreement_mean`, `disagreement_max`);
+    and the tokens of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out."""
+    micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
+    if config.old_logprobs != "recorded":
+        recompute(policy, trajectories, config, micro_tokens)
+    for _ in range(config.inner_steps):
+        before = sums
+        sums, micro_tokens = gradients_that_fit(policy, optimizer, trajectories, config, micro_tokens)
+        if before:  # the weights have moved since they were sampled from
+            sums |= {key: before[key] for key in ("disagreement_mean", "disagreement_max")}
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient).item()
+        optimizer.step()
+    policy.version += 1
+    if sums["disagreement_mean"] > config.max_disagreement:
+        tqdm.write(
+            f"warning: sampler and trainer differ by {sums['disagreement_mean']:.3f} nats a token (mean, above "
+            f"{config.max_disagreement}): see --old-logprobs truncated, or --sampler torch"
+        )
+    return sums | {"micro_tokens": micro_tokens}
+
+
+def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_tokens: int) -> tuple[dict, int]:
+    """`gradients`; if the GPU's memory runs out, once more with half the tokens in a micro-batch. Returns the size that
+    did it too. ValueError if even that is too much."""
+    longest = max(len(t.prompt) + len(t.completion) for t in trajectories)
+    for size in (micro_tokens, max(micro_tokens // 2, longest)):
+        try:
+            return gradients(policy, optimizer, trajectories, config, size), size
+        except torch.OutOfMemoryError:
+            tqdm.write(f"warning: out of GPU memory with {size} tokens in a micro-batch")
+        torch.cuda.empty_cache()  # out of the except block, so that the failed pass is free
+    raise ValueError(
+        f"out of GPU memory with {size} tokens in a micro-batch: pass --quantize nf4, --gradient-checkpointing or a "
+        f"smaller --max-tokens; the last checkpoint is kept"
+    )
+
+
+def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> dict:
+    """The gradient of the step's loss, in micro-batches, left in the weights; returns the loss's parts."""
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(len(t.completion) for t in trajectories)
+    sums: dict[str, float] = {"disagreement_max": 0.0}
+    for group in micro_batches(trajectories, micro_tokens):
+        loss, means, furthest = batch_loss(policy, group, config, len(trajectories), tokens)
+        loss.backward()
+        sums["disagreement_max"] = max(sums["disagreement_max"], furthest.item())
+        for key, value in means.items():
+            sums[key] = sums.get(key, 0.0) + value.item()
+    return sums
+
+
+def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[Trajectory]]:
+    """Trajectories of similar length together, at most `tokens` (padding included) in each group."""
+    groups = batches([len(t.prompt) + len(t.completion) for t in trajectories], tokens)
+    return [[trajectories[i] for i in group] for group in groups]
+
+
+def right_align(rows: list[list[float]], width: int, device: torch.device) -> Tensor:
+    """[B, T = width], zeros on the left."""
+    return torch.tensor([[0.0] * (width - len(row)) + row for row in rows], device=device)
+
+
+@torch.no_grad()
+def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> None:
+    """Give each trajectory the trainer's own log-probabilities before the update."""
+    for group in micro_batches(trajectories, micro_tokens):
+        batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
+        logprobs, _, _ = policy.logprobs_and_values(batch, config.temperature)  # [B, T]
+        for trajectory, row in zip(group, logprobs.tolist(), strict=True):
+            trajectory.trainer_logprobs = row[len(row) - len(trajectory.completion) :]
+
+
+def batch_loss(
+    policy: Policy, group: list[Trajectory], config: Config, trajectories: int, tokens: int
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The share of the step's loss that falls on one micro-batch, its parts, and max |log pi - log pi_sampler|."""
+    batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
+    mask, width = batch.completion, batch.completion.shape[1]
+    recorded = right_align([t.logprobs for t in group], width, policy.device)  # [B, T]
+    old = recorded
+    if config.old_logprobs != "recorded":
+        old = right_align([t.trainer_logprobs for t in group], width, policy.device)  # [B, T]
+    reward = torch.tensor([t.reward.value for t in group], device=policy.device)  # [B]
+    weights = token_weights(mask, config.normalize, trajectories, tokens)  # [B, T], sums to 1 over the step
+
+    logprobs, values, entropy = policy.logprobs_and_values(batch, config.temperature, config.value_gradient)  # [B, T]
+    if group[0].advantage is None:
+        advantage = gae(reward, values.detach(), mask, config.gae_lambda)
+        value_loss = (values - (advantage + values.detach())) ** 2
+    else:  # a group method fixed it: the critic is not used and not trained
+        fixed = torch.tensor([t.advantage for t in group], device=policy.device)
+        advantage, value_loss = fixed[:, None] * mask, torch.zeros_like(values)
+    if config.loss == "cispo":
+        policy_loss = cispo_loss(logprobs, old, advantage, config.clip_high)
+    else:
+        policy_loss = ppo_loss(logprobs, old, advantage, config.clip_ppo)
+    if config.old_logprobs == "truncated":  # truncated importance sampling (Yao et al. 2025)
+        policy_loss = policy_loss * (old - recorded).exp().clamp(max=config.importance_cap)
+    disagreement = ((logprobs - recorded) * mask).detach().abs()  # [B, T]
+    parts = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    parts["ratio"] = (logprobs - old).exp().detach()
+    total = policy_loss + config.value_coefficient * value_loss
+    if config.kl_coefficient:
+        parts["kl"] = kl_k3(logprobs, policy.reference_logprobs(batch, config.temperature))
+        total = total + config.kl_coefficient * parts["kl"]
+    means = {name: (part.detach() * weights).sum() for name, part in parts.items()}
+    means["disagreement_mean"] = disagreement.sum() / tokens
+    return (total * weights).sum(), means, disagreement.max()
+
+
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights of the model and, with a rate of its own, the value head."""
+    groups = [
+        {"params": [p for p in policy.lm.parameters() if p.requires_grad], "peak": config.learning_rate},
+        {"params": list(policy.value_head.parameters()), "peak": config.value_learning_rate},
+    ]
+    if config.optimizer == "paged-adamw8bit":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(groups, lr=0.0, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
