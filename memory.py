@@ -1,17 +1,254 @@
-"""GPU memory, told before anything is loaded."""
+"""GPU memory, told before any weights are loaded: what a run will take, and what fits.
 
-from dataclasses import dataclass
+Computed from the model's config.json and tokenizer alone; 1 GB = 2**30 bytes. Resident all along are the frozen weights
+and the trainable ones with gradients and optimiser state. On top of them comes the larger of two peaks:
+
+    sampling   TorchSampler's cache of `rows` sequences and, after it, the critic's forward pass; or vLLM's copy of
+               the weights, its cache and the critic's pass together
+    update     the activations of a micro-batch, then the optimiser's temporaries; vLLM sleeps but keeps VLLM_GB
+
+The activations are those of a decoder of attention and gated MLP (Llama, Qwen, Mistral, Gemma), with attention kernels
+that keep no [T, T] scores. `python -m benchmarks.memory` counts the kit's own passes on fake tensors: for the shape of
+Qwen2.5-1.5B the estimate is at most 2 % above and never below; tests/test_memory.py counts others. What only a card can
+tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
+"""
+
+import json
+from bisect import bisect
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import Config
+from countdown import Problem, prompt
+from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, explain, locate
+from sampling import DRAW_CHUNK, MAX_SEQUENCES, pick_sampler
+
+GB = 2**30
+CONTEXT_GB = 0.6  # CUDA's own: context, kernels, cuBLAS workspaces
+FRAGMENTATION = 0.05  # of what is allocated: what PyTorch reserves and can't use
+VLLM_GB = 1.5  # vLLM's CUDA graphs, workspaces, adapter and the activations of its 4,096 tokens
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits of scale for 64 weights, fp32 for 256 scales
+TABLES = 4 * (16 + 256 + 1)  # bytes a packed layer: both codes, an offset
+MAX_ROWS = 1024  # that TorchSampler decodes together
+MARGIN = 16  # tokens, for prompts longer than the one tried
 
 
 @dataclass(frozen=True)
 class Plan:
-    context: int
-    micro_tokens: int
-    rows: int
-    cache_gb: float
+    """What a run may use, and the estimate behind it; as text, the estimate alone."""
+
+    context: int  # tokens of the longest sequence
+    micro_tokens: int  # in one forward and backward pass
+    rows: int  # sequences that TorchSampler decodes together
+    cache_gb: float  # GB of vLLM's keys and values
+    budget: float = 0.0  # GB
+    parts: dict[str, float] = field(default_factory=dict)  # GB; a peak has everything in it
+
+    @property
+    def need(self) -> float:
+        return max(self.parts.values(), default=0.0)
+
+    def __str__(self) -> str:
+        batch = f"a cache of {self.cache_gb:.2f} GB" if self.cache_gb else f"{self.rows:,} sequences together"
+        notes = ("", "with gradients and optimiser state", batch, f"{self.micro_tokens:,} tokens in a micro-batch")
+        lines = [f"  {part:16s}{size:7.2f}  {note}".rstrip() for (part, size), note in zip(self.parts.items(), notes)]
+        return "\n".join([f"GPU memory, estimated, {self.need:.2f} of {self.budget:.2f} GB:", *lines] if lines else [])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model decides about memory, in elements; from `queries` on, of one layer."""
+
+    parameters: int  # tied ones once
+    linear: int  # weights of the linear layers, the output head apart
+    largest: int  # of these, in one linear layer
+    adapter: int  # parameters of a LoRA adapter of rank 1
+    value_head: int  # parameters
+    vocabulary: int
+    layers: int
+    hidden: int
+    dim: int  # of an attention head
+    queries: int  # of all heads
+    keys: int  # of all heads; values are as many
+    wide: int  # in the MLP
+    inputs: int  # of the linear layers, added up
+    linears: int
+
+
+def read_sizes(folder: str, base: str) -> Sizes:
+    """A model's sizes, from a copy without weights. ValueError if its config.json can't be had."""
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            lm, value_head = AutoModelForCausalLM.from_config(config), ValueHead(config.hidden_size)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(explain(folder, base, error)) from None
+    linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not lm.get_output_embeddings()]
+    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    inside = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Sizes(
+        parameters=sum(p.numel() for p in lm.parameters()),
+        linear=sum(m.weight.numel() for m in linear),
+        largest=max(m.weight.numel() for m in linear),
+        adapter=sum(m.in_features + m.out_features for m in linear),
+        value_head=sum(p.numel() for p in value_head.parameters()),
+        vocabulary=config.vocab_size,
+        layers=len(layers),
+        hidden=config.hidden_size,
+        dim=dim,
+        queries=config.num_attention_heads * dim,
+        keys=config.num_key_value_heads * dim,
+        wide=max(m.out_features for m in inside),
+        inputs=sum(m.in_features for m in inside),
+        linears=len(inside),
+    )
+
+
+def longest_prompt(folder: str, base: str, size: int) -> int:
+    """Tokens of a prompt of `size` numbers at most. ValueError if the tokenizer can't be had."""
+    worst = prompt(Problem((13,) * size, 13**size))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        text = tokenizer.apply_chat_template(worst, tokenize=False, add_generation_prompt=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(explain(folder, base, error)) from None
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) + MARGIN
+
+
+class Costs:
+    """Bytes that the parts of a run take."""
+
+    def __init__(self, config: Config, sizes: Sizes, prompt: int, engine: str, adapter: int = 0):
+        """`prompt`: tokens of the longest; `engine`: torch or vllm; `adapter`: the rank of one that is trained on."""
+        s, rank, b = sizes, adapter or config.lora_rank, 4 if config.dtype == "float32" else 2
+        self.config, self.sizes, self.prompt, self.adapter, self.rank, self.bytes = config, s, prompt, adapter, rank, b
+        self.engine = "torch" if config.sampler == "torch" else engine
+        self.context = prompt + config.max_tokens
+        # base weights under LoRA, the reference without; NF4 unpacks one layer at a time; vLLM's copy is as large
+        packed = s.linear * NF4 + s.layers * s.linears * TABLES + (s.parameters - s.linear + s.largest) * b
+        self.frozen = packed if config.quantize == "nf4" else s.parameters * b
+        # fp32 weights and gradients, and two moments: fp32, or 8 bits with an fp32 scale for 256
+        self.trained = s.value_head + (rank * s.adapter if rank else s.parameters)  # parameters
+        self.trainable = self.trained * (16 if config.optimizer == "adamw" else 10 + 2 * 4 / 256)
+        # a token: in every pass, a row of the mask, rotary embedding, ids and positions; keys and values; and
+        # what one layer keeps for its backward pass (LoRA casts the input of each linear layer to fp32)
+        self.around = self.context + 2 * s.dim * b + 24
+        self.cached = 2 * b * s.keys * s.layers
+        inputs = 4 * s.inputs if rank and b < 4 else 4 * (2 * s.hidden + s.wide)
+        attention = b * (4 * s.queries + self.context) + 4 * s.queries / s.dim
+        self.kept = (8 if rank else 16) * s.hidden + inputs + attention + 3 * b * s.wide + 4 * rank * s.linears
+        waiting = config.problems * config.tree.workers * self.context if config.search == "mcts" else 0
+        self.critic = min(CRITIC_TOKENS, waiting) * self.forward(bool(rank))
+
+    def forward(self, lora: bool) -> float:
+        """A token of a pass without gradients. Its peak is in the MLP, where LoRA's product is fp32 and there twice."""
+        s, b = self.sizes, self.bytes
+        mlp = (2 * b + 8) * s.wide + (4 * s.hidden if b < 4 else 0) if lora else 3 * b * s.wide
+        return self.around + b * self.context + 4 * b * s.hidden + mlp
+
+    def update(self, tokens: int) -> float:
+        """A micro-batch, then the optimiser's step, beyond what is resident (which has all gradients)."""
+        s, b, recompute = self.sizes, self.bytes, self.config.gradient_checkpointing
+        layers = self.around + s.layers * (b * s.hidden if recompute else self.kept)
+        work = max(4, 3 * b - 4) * s.wide + (12 if b < 4 else 4) * s.hidden  # gradients inside a layer
+        norm, head = 12 * s.hidden, 28 * s.hidden  # the value head in fp32: norm, 4h, h
+        logits = 16 * min(max(LOGIT_CHUNK, s.vocabulary), tokens * s.vocabulary)  # fp32, three alive, one may be kept
+        embedding = 0 if self.rank else 4 * s.vocabulary * s.hidden  # one gradient of a tied embedding
+        none, some = -4 * self.trained, 4 * (s.value_head - self.trained)  # the gradients that are not there yet
+        return max(
+            tokens * (layers + norm + head) + max(tokens * self.forward(False), logits) + none,  # reference
+            tokens * (layers + norm) + max(tokens * 2 * head, logits + 2 * embedding) + some,  # back through the heads
+            tokens * (layers + work + (self.kept if recompute else 0)) + embedding + some,  # through the last layer
+            tokens * (self.around + b * s.hidden + work + self.kept),  # through the first layer
+            2 * embedding,
+            4 * self.trained,  # AdamW
+        )
+
+    def calls(self) -> list[tuple[int, int]]:
+        """Siblings, and tokens of the longest prefix, of the sampler's calls: two evaluations and collecting."""
+        c = self.config
+        collect = {"mcts": (c.tree.children, self.context), "none": (1, self.prompt)}.get(c.search)
+        return [(c.eval_samples, self.prompt), (c.test_samples, self.prompt), collect or (c.samples, self.prompt)]
+
+    def sampling(self, rows: int) -> float:
+        """TorchSampler with `rows` sequences: prefill of their prefixes, decoding or drawing; the critic after it."""
+        s, b = self.sizes, self.bytes
+        prompted = max(max(1, rows // n) * prefix for n, prefix in self.calls())
+        rows = max(rows, *(n for n, _ in self.calls()))
+        cache = rows * self.context * (self.cached + 40)  # with masks, random numbers, tokens
+        spread = rows * (self.context * 2 * b * (s.queries + 2) + self.forward(True))  # keys and values for all heads
+        logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
+        prefill = prompted * (self.forward(bool(self.rank)) + self.cached)
+        return max(prefill, cache + max(spread, logits), self.critic)
+
+
+def fit(costs: Costs, budget: float) -> Plan:
+    """What to run within `budget` GB; where that is too little, the least there is."""
+    vllm = costs.engine == "vllm"
+    resident = costs.frozen + costs.trainable + (VLLM_GB * GB if vllm else 0)
+    room = (budget - CONTEXT_GB) / (1 + FRAGMENTATION) * GB - resident
+    limit = max(costs.config.micro_batch_tokens, costs.context)
+    tokens = max(costs.context, bisect(range(1, limit + 1), room, key=costs.update))
+    if vllm:
+        least = (costs.context + 32) * costs.cached  # one sequence, in blocks of 16 tokens
+        left = (room - costs.frozen - costs.critic) // 2**20 * 2**20
+        rows, cache = MAX_ROWS, min(max(left, least), MAX_SEQUENCES * least)
+        sampling = costs.frozen + cache + costs.critic
+    else:
+        rows, cache = max(1, bisect(range(1, MAX_ROWS + 1), room, key=costs.sampling)), 0.0
+        sampling = costs.sampling(rows)
+    parts = {"frozen weights": costs.frozen / GB, "trainable ones": costs.trainable / GB}
+    for phase, size in ("sampling", sampling), ("update", costs.update(tokens)):
+        parts[f"{phase}, peak"] = CONTEXT_GB + (1 + FRAGMENTATION) * (resident + size) / GB
+    return Plan(costs.context, min(costs.config.micro_batch_tokens, tokens), rows, cache / GB, budget, parts)
+
+
+def advice(costs: Costs, budget: float) -> str:
+    """The fewest options that make a run fit, mildest first; empty if there are none."""
+    config = costs.config
+    changes = {
+        "--gradient-checkpointing": dict(gradient_checkpointing=True),
+        "--optimizer paged-adamw8bit": dict(optimizer="paged-adamw8bit"),
+        "--sampler torch": dict(sampler="torch"),
+        "--dtype bfloat16": dict(dtype="bfloat16"),
+        "--quantize nf4": dict(quantize="nf4"),
+        "--lora-rank 16": dict(lora_rank=16),
+        f"--max-tokens {config.max_tokens // 2 or 1}": dict(max_tokens=config.max_tokens // 2 or 1),
+    }
+    for number in range(1, len(changes) + 1):
+        for options in combinations(changes, number):
+            with suppress(ValueError):  # what doesn't go together
+                changed = replace(config, **{name: new for o in options for name, new in changes[o].items()})
+                if fit(Costs(changed, costs.sizes, costs.prompt, costs.engine, costs.adapter), budget).need <= budget:
+                    return " ".join(options)
+    return ""
 
 
 def plan(config: Config, device: str) -> Plan:
-    return Plan(2048, config.micro_batch_tokens, 1024, 1.0)
+    """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. ValueError, one
+    line, if it can't fit. On a CPU without --gpu-memory nothing is estimated."""
+    folder, base = locate(config.model)
+    longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
+    if not on_gpu and not config.gpu_memory:
+        return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, 1.0)
+    free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
+    budget = min(config.gpu_memory or free, free)
+    adapter = json.loads((Path(folder) / "adapter_config.json").read_text())["r"] if folder != base else 0
+    costs = Costs(config, read_sizes(folder, base), longest, pick_sampler(config.sampler, device), adapter)
+    found = fit(costs, budget)
+    if found.need > budget:
+        options = advice(costs, budget)
+        cure = f"{options} would make it fit" if options else "no option makes it fit, take a smaller model"
+        raise ValueError(f"{config.model} needs {found.need:.2f} GB of GPU memory and has {budget:.2f}: {cure}")
+    if on_gpu and config.gpu_memory:
+        asleep = costs.frozen / GB + found.cache_gb if costs.engine == "vllm" else 0  # still counts for PyTorch
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - CONTEXT_GB + asleep) / total))
+    return found

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -71,14 +72,14 @@ def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
 class Policy(nn.Module):
     """A causal LM with a value head. `version` counts the updates that its weights have seen."""
 
-    def __init__(self, lm: nn.Module, tokenizer, lora: bool):
-        """`lm` is a transformers model, wrapped by PEFT if `lora`."""
+    def __init__(self, lm: nn.Module, tokenizer, lora: bool, train: bool = True):
+        """`lm` is a transformers model, wrapped by PEFT if `lora`. Without `train` there is no reference copy."""
         super().__init__()
         self.lm = lm
         self.tokenizer = tokenizer
         self.lora = lora
         self.value_head = ValueHead(lm.config.hidden_size)
-        self.reference = None if lora else copy.deepcopy(lm).requires_grad_(False)
+        self.reference = copy.deepcopy(lm).requires_grad_(False) if train and not lora else None
         self.version = 0
         self.value_head.to(lm.device)
 
@@ -266,19 +267,20 @@ def load_policy(
     dtype: str = "float32",
     quantize: str = "none",
     gradient_checkpointing: bool = False,
+    train: bool = True,
 ) -> Policy:
     """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
 
     lora_rank 0 trains all weights (then fp32 is needed); above 0 it trains a LoRA adapter of that rank in fp32 on
-    all linear layers over a frozen base in `dtype`, its linear layers in 4 bits with quantize="nf4". Raises ValueError
-    with what to do when the model can't be used.
+    all linear layers over a frozen base in `dtype`, its linear layers in 4 bits with quantize="nf4". train=False, for
+    evaluation, takes any dtype and keeps no reference. ValueError says what to do when the model can't be used.
     """
     folder, base = locate(model)
     adapter = folder if base != folder else None
     lora = bool(adapter or lora_rank)
-    if not lora and dtype != "float32":
+    if train and not lora and dtype != "float32":
         raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
-    if not lora and quantize != "none":
+    if train and not lora and quantize != "none":
         raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
     dtype = getattr(torch, dtype)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -291,7 +293,7 @@ def load_policy(
         # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
         lm = AutoModelForCausalLM.from_pretrained(base, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(explain(folder, base, error)) from None
     if tokenizer.chat_template is None:
         raise ValueError(f"{str(model)!r} has no chat template: use an instruct model")
@@ -309,7 +311,7 @@ def load_policy(
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    policy = Policy(lm.eval(), tokenizer, lora)
+    policy = Policy(lm.eval(), tokenizer, lora, train)
     if (head := Path(folder) / "value_head.safetensors").exists():
         policy.value_head.load_state_dict(load_file(head))
     return policy
@@ -333,7 +335,14 @@ def locate(model: str | Path) -> tuple[str, str]:
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
-        return str(path), base
+        if not (path / "adapter_model.safetensors").exists():
+            raise ValueError(f"{name}: the adapter has no weights (adapter_model.safetensors)")
+        try:
+            return str(path), locate(base)[0]
+        except ValueError as error:
+            raise ValueError(f"{name}: its base model is not to be had: {error}") from None
+    if (path / "checkpoint").is_dir():
+        raise ValueError(f"{name} is a run without a final policy: go on with it, --resume, or pass {name}/checkpoint")
     if not (path / "config.json").exists():
         held = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
         raise ValueError(f"{name} is no model folder: it has no config.json (it holds {held})")

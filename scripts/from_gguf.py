@@ -13,14 +13,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import tyro
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import runs
 
-CUTS = {  # tokenizer.ggml.pre: how text is cut before byte pairs are merged; what transformers 5.19 does is put right
-    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),  # it leaves Digits out
-}
+# tokenizer.ggml.pre: how text is cut before byte pairs are merged (transformers 5.19 doesn't cut smollm at digits)
+CUTS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
+NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 @dataclass
@@ -31,8 +32,8 @@ class ConvertConfig:
     folder: tyro.conf.Positional[Path]
 
 
-def read_header(file: Path) -> tuple[str, int]:
-    """How the file's tokenizer cuts text, and how many weights it holds; ValueError for what isn't a GGUF file."""
+def read_header(file: Path) -> tuple[dict, int]:
+    """The file's metadata and how many weights it holds; ValueError for what isn't a GGUF file."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -41,37 +42,49 @@ def read_header(file: Path) -> tuple[str, int]:
         reader = GGUFReader(file)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{file} is not a whole GGUF file ({error})") from None
-    cut = reader.get_field("tokenizer.ggml.pre")
-    return cut.contents() if cut else "none", sum(int(tensor.n_elements) for tensor in reader.tensors)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    return metadata, sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def build_tokenizer(metadata: dict) -> PreTrainedTokenizerFast:
+    """The byte-level BPE that the metadata describes; ValueError where completions would be cut or end differently."""
+    header = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
+    if (cut := header.get("pre")) not in CUTS:
+        raise ValueError(f"text is cut by the rules {cut!r}, this script knows {', '.join(CUTS)}")
+    tokens, kinds = header["tokens"], header["token_type"]
+    ids = {name: header.get(f"{key}_token_id") for name, key in NAMES.items()}
+    names = {name: tokens[token] for name, token in ids.items() if token is not None}
+    if "chat_template" not in header or "eos_token" not in names:
+        raise ValueError("no chat template or no end token: use an instruct model")
+
+    merges = [tuple(pair.split(" ")) for pair in header["merges"]]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer, backend.decoder = CUTS[cut], decoders.ByteLevel()
+    backend.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])  # control
+    backend.add_tokens([token for token, kind in zip(tokens, kinds) if kind == 4])  # user-defined
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = header["chat_template"]
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    if not tokenizer.apply_chat_template(turns, tokenize=False).partition("ANSWER")[2].startswith(names["eos_token"]):
+        raise ValueError(f"the chat template ends no turn with {names['eos_token']}: completions would run on")
+    return tokenizer
 
 
 def convert(config: ConvertConfig) -> None:
-    """Write the folder whole or not at all; ValueError for a file whose model would load but behave differently."""
+    """Write the folder whole or not at all; ValueError for a file whose model would come out different."""
     file, folder = config.file, config.folder
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it or name another folder")
-    cut, weights = read_header(file)
-    if cut not in CUTS:
-        raise ValueError(f"{file} cuts text by the rules {cut!r}, this script knows {', '.join(CUTS)}")
-
-    source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name, trust_remote_code=False)
-    read = PreTrainedTokenizerFast.from_pretrained(**source)
-    read.backend_tokenizer.pre_tokenizer = CUTS[cut]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, **read.special_tokens_map)
-    if read.chat_template is None or read.eos_token is None:
-        raise ValueError(f"{file} has no chat template or no end token: use an instruct model")
-    tokenizer.chat_template = read.chat_template
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    if not tokenizer.apply_chat_template(turns, tokenize=False).partition("ANSWER")[2].startswith(read.eos_token):
-        raise ValueError(f"{file}: its chat template ends no turn with {read.eos_token}, completions would not stop")
-
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    if loaded.num_parameters() != weights:  # transformers fills in missing weights and drops unknown ones
-        raise ValueError(f"{file} holds {weights:,} weights, its architecture {loaded.num_parameters():,}")
-    # what was loaded counts as quantized and can't be saved: a plain model takes its weights over
-    dropped = ("quantization_config", "_model_name_or_path")
-    settings = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}
-    model = type(loaded)(type(loaded.config)(**settings)).bfloat16()
+    metadata, weights = read_header(file)
+    tokenizer = build_tokenizer(metadata)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
+    )
+    if loaded.num_parameters() != weights:  # transformers draws missing weights and drops unknown ones
+        raise ValueError(f"the file holds {weights:,} weights, its architecture {loaded.num_parameters():,}")
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)  # it forbids saving: a plain model takes the weights over
+    model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--search", "beam"), "none, mcts or best-of-n"),
+        (("--search", "beam"), "none, mcts, best-of-n, not 'beam'"),
         (("--problems", "0"), "at least 1"),
         (("--temperature", "0"), "temperature above 0"),
     ],

@@ -353,7 +353,7 @@ def test_golden_tree(world):
         (b, d): (0, 0.0, 1.0),
     }
     assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
-    assert (usage.generated, usage.prefilled) == (3 * 64, 2 * (1 + 2 + 2))
+    assert (usage.generated, usage.prefilled, usage.valued) == (3 * 64, 1 + 2 + 2, 1 + 2 + 2)
     assert mcts.best_path(tree, config).completion() == mcts.best_answer(tree, config).completion() == [a, d]
     assert tree.statistics() == dict(
         visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
@@ -391,7 +391,7 @@ def test_invariants(random_world, config, seed):
     assert sorted(sum(game.sampled, [])) == sorted(sum(game.valued, [])) == sorted(expanded)
     assert sorted(game.graded) == sorted(ended)
     assert usage.generated == sum(tree.generated for tree in trees) == sum(game.generated)
-    assert usage.prefilled == 2 * sum(map(len, expanded))
+    assert usage.prefilled == usage.valued == sum(map(len, expanded))
 
 
 def snapshot(tree):

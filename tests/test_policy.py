@@ -3,6 +3,7 @@ transformers on one unpadded row at a time."""
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import policy as module
-from policy import ValueHead, chunked_logprobs, left_pad, load_policy, pick_device
+from policy import ValueHead, batches, chunked_logprobs, left_pad, load_policy, locate, pick_device
+from sampling import TorchSampler
 
 IDS = st.lists(st.integers(0, 284), min_size=1, max_size=12)
 PAIRS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=4)  # prompts and completions
@@ -114,7 +116,99 @@ def test_chunks_change_neither_values_nor_gradients_and_bound_the_rows(monkeypat
     assert max(rows) == 4
 
 
+# ------------------------------------------------------------------------------------------------ checkpointing
+
+
+@pytest.fixture(params=[0, 4], ids=["full", "lora"])
+def twins(request, checkpoint, tmp_path):
+    """The same moved policy without and with gradient checkpointing, with dropout in every place that has one."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    edit(base / "config.json", attention_dropout=0.5)
+    torch.manual_seed(2)
+    start = load_policy(base, lora_rank=request.param)
+    for parameter in start.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    start.save(tmp_path / "start")
+    if request.param:
+        edit(tmp_path / "start" / "adapter_config.json", lora_dropout=0.5)
+    return [load_policy(tmp_path / "start", gradient_checkpointing=on) for on in (False, True)]
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def in_training(policy):
+    return [name for name, layer in policy.lm.named_modules() if layer.training]
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(twins):
+    """Prevents other log-probabilities, values or gradients, dropout that training mode would switch on, and an option
+    that saves no memory. The layers' saved bytes fall to their inputs."""
+    found, saved = [], []
+    for policy in twins:
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: k.update({x.data_ptr(): x.nbytes}) or x, id):
+            policy.logprobs_and_values(policy.batch(PROMPTS, COMPLETIONS), 0.7)
+        saved.append(sum(kept.values()))
+        logprobs, values, entropy = policy.logprobs_and_values(policy.batch(PROMPTS, COMPLETIONS), 0.7, True)
+        loss = (logprobs * torch.arange(1, 6)).sum() + (values**2).sum()
+        loss.backward()
+        gradients = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+        assert all(gradient.any() for gradient in gradients.values())
+        found.append({"logprobs": logprobs, "values": values, "entropy": entropy, "loss": loss} | gradients)
+    assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert saved[1] < saved[0] / 2
+
+
+def test_gradient_checkpointing_ends_with_the_forward_pass(twins, monkeypatch):
+    """Prevents layers left in training mode, where they drop the KV cache: a sampler that draws nonsense. The same
+    after an error."""
+    plain, checkpointed = twins
+    drawn = [TorchSampler(policy).sample(PROMPTS, 2, [1, 2, 3], 8, 1.0, False)[0] for policy in twins]
+    batch = checkpointed.batch(PROMPTS, COMPLETIONS)
+    checkpointed.logprobs_and_values(batch)[0].sum().backward()
+    assert in_training(checkpointed) == in_training(plain) == []
+    with checkpointed.recomputing():
+        layers = [checkpointed.base.get_submodule(f"model.layers.{i}") for i in range(2)]
+        assert all(layer.training for layer in layers) and len(in_training(checkpointed)) == 2
+    again, _ = TorchSampler(checkpointed).sample(PROMPTS, 2, [1, 2, 3], 8, 1.0, False)
+    tokens = [[[s.tokens for s in row] for row in rows] for rows in (*drawn, again)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    monkeypatch.setattr(checkpointed, "hidden", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpointed.logprobs_and_values(batch)
+    assert in_training(checkpointed) == []
+
+
 # ------------------------------------------------------------------------------------------------ one critic
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 200))
+def test_batches_hold_every_index_once_and_fit(lengths, tokens):
+    """Prevents a state without a value, a trajectory trained twice, and a batch that does not fit into memory where the
+    longest alone does."""
+    groups = batches(lengths, tokens)
+    assert sorted(sum(groups, [])) == list(range(len(lengths))) and all(groups)
+    assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= tokens for group in groups)
+    in_order = [lengths[i] for group in groups for i in group]
+    assert in_order == sorted(in_order, reverse=True)
+    for one in groups[:-1]:  # as few as that allows
+        assert lengths[one[0]] * (len(one) + 1) > tokens
+
+
+@pytest.mark.parametrize(("tokens", "shapes"), [(1, 6), (12, 3), (10_000, 1)])
+def test_the_critic_reads_in_chunks_and_answers_in_order(moved, monkeypatch, tokens, shapes):
+    """Prevents running out of memory on the states of 64 trees, and the value of a neighbour's state."""
+    states = [[5], [9, 9, 40, 2], [7, 8], [11, 12, 0, 4, 4, 4], [3, 3, 3, 3], [6]]
+    alone = [moved.values([state])[0] for state in states]
+    seen, plain = [], moved.hidden
+    monkeypatch.setattr(moved, "hidden", lambda ids, *rest, **kw: seen.append(ids.shape) or plain(ids, *rest, **kw))
+    monkeypatch.setattr(module, "CRITIC_TOKENS", tokens)
+    assert_close(moved.values(states), alone, atol=1e-5, rtol=0)
+    assert len({round(value, 4) for value in alone}) == 6 and moved.values([]) == []
+    assert len(seen) == shapes and all(len(shape) == 2 and (shape[0] == 1 or shape.numel() <= tokens) for shape in seen)
 
 
 def test_search_and_trainer_see_one_critic(moved):
@@ -221,12 +315,139 @@ def test_foreign_weights_are_refused(policy, tmp_path):
         policy.load_weights(tmp_path)
 
 
-@pytest.mark.parametrize("model", ["no/such", "nosuch", "/no/such/folder"])
-def test_a_missing_model_is_told_in_one_line(model):
-    """Prevents a traceback of transformers where a sentence helps."""
-    with pytest.raises(ValueError, match=rf"can't load '{model}': pass a Hugging Face name or a local folder") as error:
+def test_saving_an_adapter_asks_nobody(moved, tmp_path, monkeypatch):
+    """Prevents PEFT's look at the hub for a changed vocabulary: minutes of retries in every checkpoint without network,
+    and a request that nobody asked for with one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: pytest.fail(f"asks for {args[0]}"))
+    if moved.lora:
+        moved.lm.peft_config["default"].base_model_name_or_path = "no/such"
+    moved.save(tmp_path)
+    names = {"value_head.safetensors", "adapter_model.safetensors" if moved.lora else "model.safetensors"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------ bad models
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any look-up of a host and any connection fails the test."""
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, lambda *args, **options: pytest.fail(f"network: {args}"))
+
+
+def refused(model):
+    """The one line that says why `model` can't be loaded."""
+    with pytest.raises(ValueError) as error:
         load_policy(model)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "../no", "~/no", "a/b/c"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name, no_network):
+    """Prevents a look-up of a path that can't be a hub name, and advice about downloads for a typo."""
+    assert refused(name) == f"there is no folder {name}"
+
+
+@pytest.mark.parametrize("name", ["no/such", "nosuch"])
+def test_a_missing_model_is_told_in_one_line(name, no_network):
+    """Prevents a traceback of transformers where a sentence helps: the hub is out of reach, or has no such model."""
+    told = refused(name)
+    assert told.startswith(f"can't load '{name}': no such folder, and not to be had from the Hugging Face hub")
+    assert f"hf download {name} --local-dir FOLDER; then pass the folder" in told
+
+
+def test_what_is_no_model_folder_is_told_with_what_to_do(tmp_path, checkpoint, no_network):
+    """Prevents errors of transformers about files that nobody has heard of: GGUF, a file, an empty or another folder,
+    pickled weights, a run that has not ended."""
+    gguf, folder, other, run, pickled = (tmp_path / name for name in ("m.gguf", "q4", "other", "run", "pickled"))
+    for path in (folder, other, run / "checkpoint"):
+        path.mkdir(parents=True)
+    for path in (gguf, folder / "model-q4.gguf", *(other / name for name in "edcba")):
+        path.write_bytes(b"GGUF")
+    (run / "config.json").write_text("{}")
+    shutil.copytree(checkpoint, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    convert = "is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER"
+    assert refused(gguf) == f"{gguf} {convert}" and refused(folder) == f"{folder} {convert}"
+    assert refused("not-there.gguf") == f"not-there.gguf {convert}"
+    assert refused(folder / "model-q4.gguf").endswith(convert)
+    weights = checkpoint / "model.safetensors"
+    assert refused(weights) == f"{weights} is a file: pass the folder of a Hugging Face model"
+    assert refused(other) == f"{other} is no model folder: it has no config.json (it holds a, b, c, d)"
+    assert refused(tmp_path / "run" / "checkpoint").endswith("it has no config.json (it holds nothing)")
+    assert f"--resume, or pass {run}/checkpoint" in refused(run)
+    assert refused(pickled) == f"{pickled} holds no safetensors weights; pickled ones (.bin) are not read"
+
+
+def test_a_folder_beside_a_gguf_file_is_used(tmp_path, checkpoint):
+    """Prevents a refusal of a model whose folder also holds its GGUF file."""
+    both = shutil.copytree(checkpoint, tmp_path / "both")
+    (both / "model.gguf").write_bytes(b"GGUF")
+    assert locate(both) == (str(both), str(both))
+
+
+@pytest.mark.parametrize("broken", ["cut", "shape", "json", "type", "tokenizer"])
+def test_a_broken_model_is_told_in_one_line(tmp_path, checkpoint, no_network, broken):
+    """Prevents a traceback for a download that was cut off, and for a model that transformers does not know."""
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    if broken == "cut":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    elif broken == "shape":
+        edit(folder / "config.json", hidden_size=32)
+    elif broken == "json":
+        (folder / "config.json").write_text("{")
+    elif broken == "type":
+        edit(folder / "config.json", model_type="made-up")
+    else:
+        (folder / "tokenizer.json").unlink()
+    assert refused(folder).startswith(f"can't load '{folder}': ")
+
+
+def test_adapters_are_told_apart_from_their_base(tmp_path, checkpoint, no_network):
+    """Prevents an adapter that loads without its weights or its base, and an error that blames the wrong folder."""
+    load_policy(checkpoint, lora_rank=2).save(tmp_path / "a")
+    for base, why in {
+        None: f"{tmp_path}/a: the adapter doesn't name its base model (adapter_config.json)",
+        "/no/base": f"{tmp_path}/a: its base model is not to be had: there is no folder /no/base",
+        "model.gguf": f"{tmp_path}/a: its base model is not to be had: model.gguf is GGUF: convert it first",
+        "Qwen/no-such": f"can't load the base model 'Qwen/no-such' of the adapter '{tmp_path}/a': no such folder",
+    }.items():
+        edit(tmp_path / "a" / "adapter_config.json", base_model_name_or_path=base)
+        assert refused(tmp_path / "a").startswith(why)
+    assert "hf download Qwen/no-such --local-dir FOLDER" in refused(tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    assert "the adapter has no weights" in refused(tmp_path / "a")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_folder_stands_for_its_final_policy(tmp_path, checkpoint, monkeypatch, rank):
+    """Prevents an evaluation of another policy than the run's: not the base, not the checkpoint, relative paths too."""
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    policy = load_policy(checkpoint, lora_rank=rank)
+    policy.save(tmp_path / "run" / "policy")
+    final = str(tmp_path / "run" / "policy")
+    assert locate(tmp_path / "run") == locate(final) == (final, str(checkpoint) if rank else final)
+    monkeypatch.chdir(tmp_path)
+    assert locate("run") == ("run/policy", str(checkpoint) if rank else "run/policy")
+    assert load_policy("run").lora == bool(rank)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "made-up"])
+def test_code_that_comes_with_a_model_never_runs(tmp_path, checkpoint, model_type, no_network):
+    """Prevents a model folder that runs its own Python: the class of transformers is taken, or the folder refused."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    names = {f"Auto{kind}": "evil.Evil" for kind in ("Config", "Model", "ModelForCausalLM")}
+    edit(folder / "config.json", model_type=model_type, auto_map=names)
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    if model_type == "qwen2":
+        assert type(load_policy(folder).lm).__name__ == "Qwen2ForCausalLM"
+    else:
+        assert "contains custom code" in refused(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_unusable_settings_and_models_are_refused(checkpoint, tmp_path):

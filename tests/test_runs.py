@@ -146,7 +146,7 @@ def test_a_run_keeps_its_configuration_and_where_it_ran(run):
     saved = json.loads((run.folder / "config.json").read_text())
     found = saved.pop("provenance")
     assert saved == {"rate": 0.1, "out": "here", "inner": {"depth": 3}}
-    assert {"python", "machine", "commit", *runs.PACKAGES} <= found.keys() and all(found.values())
+    assert {"python", "machine", "commit", *runs.versions()} <= found.keys() and all(found.values())
     assert found["torch"][0].isdigit()
 
 

@@ -199,7 +199,7 @@ def test_a_step_ends_however_its_last_tag_is_tokenised(policy, monkeypatch, step
 def test_a_prefix_that_does_not_fit_the_context_is_refused(policy):
     """Prevents positions beyond those the model was made for, found as nonsense in its text."""
     assert len(draw(policy, [[7] * 508], 1, [0], max_tokens=4)[0]) == 1
-    with pytest.raises(ValueError, match="508 prefix . 5 new tokens exceed the model's context of 512"):
+    with pytest.raises(ValueError, match="508 prefix . 5 new tokens exceed the context of 512"):
         draw(policy, [[7] * 508], 1, [0], max_tokens=5)
 
 
@@ -218,7 +218,7 @@ def test_siblings_share_one_prefill_and_ended_rows_leave_the_batch(stopping, for
 
 def test_usage_adds_up():
     """Prevents curves at equal compute from a count that is lost."""
-    assert Usage(1, 20, 0.5) + Usage(2, 30, 0.25) == Usage(3, 50, 0.75)
+    assert Usage(1, 20, 0.5, 7, 2.0) + Usage(2, 30, 0.25, 8, 0.5) == Usage(3, 50, 0.75, 15, 2.5)
 
 
 # ------------------------------------------------------------------------------------------------ records

@@ -1,0 +1,199 @@
+"""The estimate of memory.py against a count: the kit's own policy, learner and sampler, run on fake tensors.
+
+    python -m benchmarks.memory
+
+Fake tensors have shapes and storages but no data, so an update of the real Qwen2.5-1.5B is counted on any machine. They
+stand for CPU tensors (a CPU build of PyTorch has no autograd for fake CUDA ones): attention is the CPU's flash kernel,
+which keeps what the GPU's memory-efficient one keeps; AdamW is told to take its path for GPUs. bitsandbytes does not
+run on fake tensors: the NF4 row adds up the weights of a small real model.
+"""
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+import runs
+from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
+from config import PRESETS, Config
+from countdown import Problem, Reward
+from learner import batch_loss, make_optimizer
+from memory import GB, Costs, read_sizes
+from policy import Batch, Policy, load_policy
+from sampling import TorchSampler, Trajectory
+
+
+class Count(TorchDispatchMode):
+    """Bytes of the storages made inside that are alive, each rounded up to 512 as on a GPU: now, and at the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:  # a number out of no data: no row ends
+            return 1.0 if args[0].dtype.is_floating_point else 0
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return out
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        if (key := storage._cdata) not in self.sizes:
+            self.sizes[key] = -(-storage.nbytes() // 512) * 512
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def bare(shape: Shape) -> str:
+    """`shape.folder` as a model without weights: config.json, tokenizer and an empty file in the weights' place."""
+    Qwen2Config(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.context, tie_word_embeddings=True,
+    ).save_pretrained(shape.folder)  # fmt: skip
+    build_tokenizer(min(600, shape.vocabulary - 3)).save_pretrained(shape.folder)
+    (shape.folder / "model.safetensors").touch()
+    return str(shape.folder)
+
+
+@contextmanager
+def counted(config: Config) -> Iterator[tuple[Policy, Count]]:
+    """A policy of fake tensors, made by `load_policy`, and the count of its bytes."""
+
+    def blank(base, dtype, **_):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+
+    def copied(lm):  # deepcopy mixes fake modes
+        return blank(config.model, lm.dtype)
+
+    def stay(module, *_, **__):  # a fake module can't be moved, and is where it should be
+        return module
+
+    with FakeTensorMode(), Count() as count:
+        with (
+            patch.object(AutoModelForCausalLM, "from_pretrained", blank),
+            patch("policy.copy", SimpleNamespace(deepcopy=copied)),
+            patch.object(PreTrainedModel, "to", stay),
+            patch.object(torch.nn.Module, "to", stay),
+        ):
+            options = config.lora_rank, "cpu", config.dtype, config.quantize, config.gradient_checkpointing
+            policy = load_policy(config.model, *options)
+        yield policy, count
+
+
+def count_update(config: Config, rows: int, length: int) -> int:
+    """Bytes at the peak of one update on `rows` sequences of `length` tokens, completions of `config.max_tokens`."""
+    start, tokens = [0] * (length - config.max_tokens), [0] * config.max_tokens
+    one = Trajectory(Problem((1, 2), 3), start, tokens, [0.0] * len(tokens), Reward(0.0, False, False, ""), 0, "count")
+
+    def batch(policy, prompts, completions):  # its width is in the data
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return Batch(ids, torch.ones_like(ids), torch.ones(rows, config.max_tokens))
+
+    with counted(config) as (policy, count), patch.object(Policy, "batch", batch):
+        optimizer = make_optimizer(policy, config)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the moments
+        optimizer.zero_grad(set_to_none=True)
+        count.peak = count.now
+        batch_loss(policy, [one] * rows, config, rows, rows * len(tokens))[0].backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient, foreach=True)
+        optimizer.step()
+        return count.peak
+
+
+def count_sampling(config: Config, rows: int, n: int, length: int) -> int:
+    """Bytes at the peak of decoding `rows` sequences, `n` to a prefix: the last 4 of their `length` tokens."""
+    prefixes = [[0] * (length - 4)] * (rows // n)
+    decode = torch.no_grad()(TorchSampler._decode.__wrapped__)  # inference_mode hides operations inside others
+    with counted(config) as (policy, count):
+        sampler = TorchSampler(policy, rows)
+        count.peak = count.now
+        decode(sampler, prefixes, n, [0] * len(prefixes), 4, 1.0, False)
+        return count.peak
+
+
+def count_critic(config: Config, rows: int, length: int) -> int:
+    """Bytes at the peak of the critic's pass over `rows` states of `length` tokens."""
+    with counted(config) as (policy, count):
+        count.peak = count.now
+        policy.values([[0] * length] * rows)
+        return count.peak
+
+
+def frozen_weights(policy: Policy) -> int:
+    """Bytes of the frozen weights, and of the scales and tables that bitsandbytes keeps beside packed ones."""
+    frozen = [p for p in policy.lm.parameters() if not p.requires_grad]
+    states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
+    scales = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    return sum(tensor.nbytes for tensor in [*frozen, *scales])
+
+
+@dataclass
+class Bench:
+    """Count updates, sampling and the critic of a model with the shape of Qwen2.5-1.5B."""
+
+    length: int = 704  # tokens of a sequence, 512 of them the completion
+
+
+def main() -> None:
+    length = runs.read_config(Bench).length
+    folder = Path(tempfile.mkdtemp())
+    lora = replace(PRESETS["qwen1.5b"], model=bare(Shape(folder / "qwen")))
+    sizes = read_sizes(lora.model, lora.model)
+    print("| phase | sequences | counted GB | estimated GB | ratio |\n|" + "---|" * 5)
+
+    def show(phase: str, rows: int | str, count: int, estimate: float) -> None:
+        print(f"| {phase} | {rows} | {count / GB:.3f} | {estimate / GB:.3f} | {estimate / count:.3f} |", flush=True)
+
+    for what, changes in {
+        "bf16, LoRA 32, checkpointing": {},
+        "bf16, LoRA 32": dict(gradient_checkpointing=False),
+        "fp32, all weights, checkpointing": dict(lora_rank=0, dtype="float32"),
+    }.items():
+        config = replace(lora, **changes)
+        costs = Costs(config, sizes, length - config.max_tokens, "torch")
+        for rows in (1, 4, 16):
+            guess = costs.frozen + costs.trainable + costs.update(rows * length)
+            show(f"update, {what}", rows, count_update(config, rows, length), guess)
+    for rows, n in (16, 4), (64, 4), (64, 16):
+        config = replace(lora, tree=replace(lora.tree, children=n), eval_samples=n, test_samples=n, problems=1)
+        costs = Costs(config, sizes, length - config.max_tokens, "torch")
+        weights = costs.frozen + 4 * costs.trained  # neither gradients nor moments
+        show(
+            f"sampling, {n} to a prefix", rows, count_sampling(config, rows, n, length), weights + costs.sampling(rows)
+        )
+    waiting = config.problems * config.tree.workers
+    show("critic", waiting, count_critic(config, waiting, length), weights + costs.critic)
+
+    small = Shape(folder / "small", layers=2, hidden=512, intermediate=2048, heads=8, vocabulary=4096)
+    config = replace(lora, model=str(make_checkpoint(small)), quantize="nf4")
+    policy = load_policy(config.model, config.lora_rank, "cpu", config.dtype, config.quantize)
+    sizes = read_sizes(config.model, config.model)
+    guess = Costs(config, sizes, 1, "torch").frozen - sizes.largest * 2
+    show("frozen weights, NF4, 2 layers", "", frozen_weights(policy), guess)
+
+
+if __name__ == "__main__":
+    runs.command(main)

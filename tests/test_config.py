@@ -1,0 +1,98 @@
+"""Tests of config.py: what a run may be, its presets, and how the command line reads them."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from config import PRESETS, Config, parse
+from mcts import SearchConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(preset="huge"), "preset must be one of tiny, qwen1.5b, post, not 'huge'"),
+        (dict(search="beam"), "search must be one of mcts, none, best-of-n, cispo, grpo"),
+        (dict(split="random"), "split must be"),
+        (dict(distill="all"), "distill must be"),
+        (dict(dtype="float16"), "dtype must be"),
+        (dict(schedule="cosine"), "schedule must be"),
+        (dict(loss="dpo"), "loss must be"),
+        (dict(normalize="batch"), "normalize must be"),
+        (dict(problems=0), "problems must be at least 1, not 0"),
+        (dict(test_samples=0), "test_samples must be at least 1"),
+        (dict(steps=-1), "steps must be at least 0"),
+        (dict(learning_rate=-1.0), "learning_rate must be at least 0"),
+        (dict(learning_rate=math.nan), "learning_rate must be at least 0"),
+        (dict(tokens=0, steps=0), "never end"),
+        (dict(gae_lambda=1.5), "gae_lambda must be in"),
+        (dict(temperature=0.0), "above 0"),
+        (dict(clip_gradient=0.0), "above 0"),
+        (dict(search="cispo", samples=1), "at least 2"),
+        (dict(search="grpo", samples=1), "at least 2"),
+        (dict(sampler="sglang"), "sampler must be one of auto, torch, vllm, not 'sglang'"),
+        (dict(quantize="int8"), "quantize must be one of none, nf4"),
+        (dict(optimizer="sgd"), "optimizer must be one of adamw, paged-adamw8bit"),
+        (dict(old_logprobs="old"), "old_logprobs must be one of recorded, recomputed, truncated"),
+        (dict(gpu_memory=-1.0), "gpu_memory must be at least 0"),
+        (dict(gpu_memory=math.nan), "gpu_memory must be at least 0"),
+        (dict(micro_batch_tokens=0), "micro_batch_tokens must be at least 1"),
+        (dict(importance_cap=0.0), "importance_cap must be above 0"),
+        (dict(max_disagreement=0.0), "max_disagreement must be above 0"),
+        (dict(dtype="bfloat16"), "training all weights needs dtype float32"),
+        (dict(quantize="nf4"), "4-bit weights can't be trained: set lora_rank above 0, or quantize to none"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_a_reason(change, message):
+    """Prevents hours of a run that can't work."""
+    with pytest.raises(ValueError, match=message):
+        Config(**change)
+
+
+def test_presets_are_valid_and_the_post_keeps_the_posts_numbers():
+    """Prevents a preset under another's name, and a reproduction with other hyper-parameters than the post's."""
+    for name, preset in PRESETS.items():
+        assert replace(preset) == preset and preset.preset == name
+    post = PRESETS["post"]
+    found = (post.problems, post.steps, post.learning_rate, post.clip_gradient, post.inner_steps, post.samples)
+    assert found == (16, 2_048, 5e-6, 0.1, 1, 64) and (post.max_tokens, post.eval_temperature) == (512, 0.2)
+    assert (post.clip_high, post.value_coefficient, post.kl_coefficient, post.schedule) == (5.0, 1.0, 0.05, "linear")
+    tree = post.search_config
+    assert (tree.simulations, tree.workers, tree.children, tree.c_puct) == (1_600, 16, 4, 0.5)
+    assert (tree.prior, tree.unvisited, tree.virtual_loss) == ("sum", "zero", "visit")
+    assert (tree.temperature, tree.max_tokens, tree.step_tokens) == (0.8, 512, 64)
+
+
+def test_the_command_line_starts_from_a_preset_and_overrides_it(monkeypatch):
+    """Prevents an option or a preset that is read and dropped; without --preset the machine decides."""
+    args = ["--preset=post", "--seed", "3", "--tree.simulations", "9", "--no-value-gradient"]
+    config, resume = parse(args, "mcts")
+    expected = replace(PRESETS["post"], seed=3, tree=replace(PRESETS["post"].tree, simulations=9), value_gradient=False)
+    assert (config, resume) == (expected, False)
+    assert parse(["--preset", "tiny"], "none")[0] == replace(PRESETS["tiny"], search="none")
+    assert (parse(["--preset", "tiny"], "grpo")[0].loss, parse(["--preset", "tiny"], "cispo")[0].loss) == (
+        "ppo",
+        "cispo",
+    )
+    for present, preset in ((True, "qwen1.5b"), (False, "tiny")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        assert parse([], "mcts")[0] == PRESETS[preset]
+
+
+def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
+    """Prevents a resume under other settings, and one that fails on the versions and machine that config.json holds, on
+    a run of an earlier version (fields that are gone, fields that are new), or after the folder has moved."""
+    config = Config(seed=3, lora_rank=4, quantize="nf4", out="elsewhere", tree=SearchConfig(simulations=9))
+    saved = json.loads(json.dumps(asdict(config), default=str)) | {"provenance": {"torch": "2"}, "gone": 1}
+    del saved["old_logprobs"], saved["gpu_memory"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert parse(["--resume", str(tmp_path)], "mcts") == (replace(config, out=tmp_path), True)
+
+
+def test_a_run_has_a_folder_of_its_own():
+    """Prevents runs of two methods, presets or seeds in one folder."""
+    assert str(Config(search="cispo", seed=3).folder) == "runs/cispo-tiny-seed3"
+    assert str(Config(out="elsewhere").folder) == "elsewhere"

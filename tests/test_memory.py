@@ -1,0 +1,324 @@
+"""Tests of memory.py: counts against counts by hand, the estimate against fake tensors, choices and refusals."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import memory
+from benchmarks.memory import bare, count_critic, count_sampling, count_update, frozen_weights
+from benchmarks.random_qwen import THIN, Shape
+from config import PRESETS
+from countdown import make_problems
+from learner import make_optimizer
+from memory import CONTEXT_GB, GB, MAX_SEQUENCES, Costs, fit, plan, read_sizes
+from policy import load_policy
+
+QWEN = PRESETS["qwen1.5b"]
+FULL = dict(lora_rank=0, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder that says Qwen2.5-1.5B and has no weights."""
+    return bare(Shape(tmp_path_factory.mktemp("qwen")))
+
+
+@pytest.fixture(scope="module")
+def sizes(qwen):
+    return read_sizes(qwen, qwen)
+
+
+@pytest.fixture(scope="module")
+def quick(qwen, sizes):
+    """`plan` for Qwen2.5-1.5B on a CPU that stands for a GPU, its config.json read once; vLLM counts as installed."""
+    longest = memory.longest_prompt(qwen, qwen, 4)
+
+    def run(config):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "read_sizes", lambda *_: sizes)
+            patch.setattr(memory, "longest_prompt", lambda *_: longest)
+            patch.setattr("sampling.find_spec", lambda name: True)
+            return plan(replace(config, model=qwen), "cpu")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    return bare(Shape(tmp_path_factory.mktemp("thin"), **THIN))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A thin model whose logits outweigh the rest."""
+    return bare(Shape(tmp_path_factory.mktemp("wide"), **(THIN | dict(vocabulary=50_000))))
+
+
+# ------------------------------------------------------------------------------------------------ counts
+
+
+def test_sizes_of_qwen_by_hand(sizes):
+    """Prevents tied embeddings counted twice, a LoRA adapter on the output head, a value head of another width."""
+    layer = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960  # weights
+    assert sizes.linear == 28 * layer and sizes.largest == 1536 * 8960
+    extras = 1536 + 2 * 256 + 2 * 1536  # biases, two norms
+    assert sizes.parameters == 151_936 * 1536 + 28 * (layer + extras) + 1536 == 1_543_714_304
+    assert sizes.adapter == 28 * (2 * 3072 + 2 * 1792 + 3 * 10_496) and 32 * sizes.adapter == 36_929_536
+    assert sizes.value_head == 2 * 1536 + (1536 + 1) * 6144 + (6144 + 1) * 1536 + 1537
+    assert (sizes.layers, sizes.linears, sizes.inputs) == (28, 7, 6 * 1536 + 8960)
+    assert (sizes.queries, sizes.keys, sizes.dim, sizes.wide) == (1536, 256, 128, 8960)
+
+
+def test_resident_bytes_of_qwen_by_hand(sizes):
+    """Prevents weights in the wrong dtype, a forgotten gradient, moment, reference or quantisation scale."""
+    trained = 36_929_536 + 18_886_657
+    lora = Costs(QWEN, sizes, 200, "torch")
+    assert lora.frozen == 2 * 1_543_714_304 and lora.trainable == 16 * trained and lora.cached == 28_672
+    paged = Costs(replace(QWEN, optimizer="paged-adamw8bit"), sizes, 200, "torch")
+    assert paged.trainable == trained * (4 + 4 + 1 + 1 + 8 / 256)
+    full = Costs(replace(QWEN, **FULL), sizes, 200, "torch")
+    assert full.frozen == 4 * 1_543_714_304 and full.trainable == 16 * (1_543_714_304 + 18_886_657)
+    packed = Costs(replace(QWEN, quantize="nf4"), sizes, 200, "torch")
+    scales = sizes.linear / 64 + 4 * sizes.linear / 64 / 256 + 196 * 4 * (16 + 256 + 1)
+    rest = 1_543_714_304 - sizes.linear + sizes.largest
+    assert packed.frozen == pytest.approx(sizes.linear / 2 + scales + 2 * rest, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_resident_bytes_are_those_of_a_real_policy(checkpoint, rank):
+    """Prevents formulas that miss what `load_policy` and `make_optimizer` make."""
+    config = replace(QWEN, model=str(checkpoint), lora_rank=rank, dtype="float32")
+    policy, costs = load_policy(checkpoint, rank), Costs(config, read_sizes(checkpoint, checkpoint), 1, "torch")
+    trained = [p for group in make_optimizer(policy, config).param_groups for p in group["params"]]
+    assert costs.trained == sum(p.numel() for p in trained)
+    frozen = policy.reference.parameters() if rank == 0 else [p for p in policy.lm.parameters() if not p.requires_grad]
+    assert costs.frozen == sum(p.nbytes for p in frozen)
+
+
+def test_bytes_of_bitsandbytes(checkpoint):
+    """Prevents NF4 scales or 8-bit moments of another size than bitsandbytes makes."""
+    pytest.importorskip("bitsandbytes")
+    config = replace(QWEN, model=str(checkpoint), lora_rank=32, quantize="nf4", optimizer="paged-adamw8bit")
+    policy, sizes = load_policy(checkpoint, 32, quantize="nf4", dtype="bfloat16"), read_sizes(checkpoint, checkpoint)
+    costs = Costs(config, sizes, 1, "torch")
+    assert frozen_weights(policy) == pytest.approx(costs.frozen - 2 * sizes.largest, rel=1e-3)
+    optimizer = make_optimizer(policy, config)
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 4096]
+    for parameter in weights:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = ("state1", "state2", "absmax1", "absmax2")
+    kept = sum(optimizer.state[p][name].nbytes for p in weights for name in moments)
+    share = sum(p.numel() for p in weights) / costs.trained
+    assert kept == pytest.approx(costs.trainable * share - 8 * share * costs.trained, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ against fake tensors
+
+KINDS = {
+    "lora": dict(),
+    "lora-kept": dict(gradient_checkpointing=False),
+    "lora-fp32": dict(dtype="float32"),
+    "full": FULL,
+    "full-kept": FULL | dict(gradient_checkpointing=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_is_never_below_the_count(kind, thin):
+    """Prevents a run that the estimate lets start and that dies in its first update; and one refused for nothing."""
+    config = replace(QWEN, model=thin, max_tokens=300, **KINDS[kind])
+    costs = Costs(config, read_sizes(thin, thin), 100, "torch")
+    estimate = costs.frozen + costs.trainable + costs.update(8 * 400)
+    assert estimate / 1.25 <= count_update(config, 8, 400) <= estimate
+
+
+def test_logits_are_never_below_the_count(wide):
+    """Prevents an update that dies where logits, or the gradients of a tied embedding, outweigh the layers."""
+    for kind in ("lora", "full"):
+        config = replace(QWEN, model=wide, max_tokens=90, **KINDS[kind])
+        costs = Costs(config, read_sizes(wide, wide), 10, "torch")
+        estimate = costs.frozen + costs.trainable + costs.update(200)
+        assert estimate / 1.35 <= count_update(config, 2, 100) <= estimate  # where it is one chunk, more is kept
+
+
+@pytest.mark.parametrize("rows, n, prompt, model", [(64, 4, 100, "thin"), (32, 16, 4, "wide")])
+def test_sampling_is_never_below_the_count(rows, n, prompt, model, request, monkeypatch):
+    """Prevents a run that dies while it samples: prefill, caches and draws that the estimate forgot."""
+    folder, tree = request.getfixturevalue(model), replace(QWEN.tree, children=n)
+    config = replace(QWEN, model=folder, max_tokens=4 * prompt, tree=tree, eval_samples=n, test_samples=n)
+    monkeypatch.setattr(memory, "CRITIC_TOKENS", 0)
+    costs = Costs(config, read_sizes(folder, folder), prompt, "torch")
+    estimate = costs.frozen + 4 * costs.trained + costs.sampling(rows)
+    assert estimate / 1.25 <= count_sampling(config, rows, n, 5 * prompt) <= estimate
+
+
+def test_the_critic_is_never_below_the_count(thin):
+    """Prevents a search that dies when its states are valued."""
+    config = replace(QWEN, model=thin, max_tokens=300, problems=4)
+    costs = Costs(config, read_sizes(thin, thin), 100, "torch")
+    estimate = costs.frozen + 4 * costs.trained + costs.critic
+    assert estimate / 1.25 <= count_critic(config, 4 * config.tree.workers, 400) <= estimate
+
+
+# ------------------------------------------------------------------------------------------------ choices
+
+CONFIGS = st.builds(
+    lambda **changes: replace(QWEN, **changes),
+    quantize=st.sampled_from(["none", "nf4"]),
+    optimizer=st.sampled_from(["adamw", "paged-adamw8bit"]),
+    gradient_checkpointing=st.booleans(),
+    sampler=st.sampled_from(["torch", "vllm"]),
+    lora_rank=st.sampled_from([8, 64]),
+    max_tokens=st.sampled_from([64, 512]),
+    search=st.sampled_from(["mcts", "none", "grpo"]),
+)
+
+
+@settings(max_examples=40)
+@given(CONFIGS, st.floats(1, 40), st.floats(0, 20))
+def test_a_larger_budget_never_gives_less(sizes, config, budget, more):
+    """Prevents budgets that are overrun, sequences that fit no micro-batch, and a larger card that runs slower."""
+    small, large = (fit(Costs(config, sizes, 200, config.sampler), gb) for gb in (budget, budget + more))
+    for found in (small, large):
+        assert found.micro_tokens >= found.context == 200 + config.max_tokens
+        assert found.rows >= 1 and (found.cache_gb > 0) == (config.sampler == "vllm")
+    assert (small.micro_tokens, small.rows) <= (large.micro_tokens, large.rows)
+    assert small.micro_tokens <= large.micro_tokens <= config.micro_batch_tokens and small.cache_gb <= large.cache_gb
+    assert small.need > budget or large.need <= budget + more
+
+
+@settings(max_examples=40)
+@given(CONFIGS, st.floats(2, 40))
+def test_what_is_refused_fits_when_the_advice_is_followed(quick, config, budget):
+    """Prevents advice that doesn't help, refusals of more than a line, and a budget that is overrun in silence."""
+    config = replace(config, gpu_memory=budget)
+    try:
+        assert quick(config).need <= budget
+    except ValueError as error:
+        message = str(error)
+        assert "\n" not in message and f"has {budget:.2f}" in message
+        options = message.partition(": ")[2].removesuffix(" would make it fit").split()
+        if options[0] == "no":
+            return
+        changes, values = {}, dict(zip(options, options[1:]))
+        for option in filter(lambda word: word.startswith("--"), options):
+            value = values.get(option, "--")
+            key = option[2:].replace("-", "_")
+            changes[key] = True if value.startswith("--") else int(value) if value.isdigit() else value
+        assert quick(replace(config, **changes)).need <= budget
+
+
+def test_advice_is_the_single_mildest_change(quick):
+    """Prevents a list of every option where one is enough, and hopeless cases without a word."""
+    tight = replace(QWEN, sampler="torch", gpu_memory=24.0, gradient_checkpointing=False, micro_batch_tokens=64)
+    found = quick(tight)
+    assert found.micro_tokens == 64 and found.need <= 24
+    for budget, options in (5.0, "--gradient-checkpointing"), (4.0, "--gradient-checkpointing --quantize nf4"):
+        with pytest.raises(ValueError, match=rf"has {budget:.2f}: {options} would make it fit"):
+            quick(replace(tight, gpu_memory=budget, search="none"))
+    with pytest.raises(ValueError, match="no option makes it fit, take a smaller model"):
+        quick(replace(QWEN, gpu_memory=1.0))
+
+
+def test_vllm_and_the_update_take_turns(sizes):
+    """Prevents the update's memory added to vLLM's, vLLM without a second copy, and a cache beyond its use."""
+    config = replace(QWEN, sampler="vllm")
+    costs = Costs(config, sizes, 200, "vllm")
+    found = fit(costs, 80)
+    gb = {name: found.parts[f"{name}, peak"] for name in ("sampling", "update")}
+    used = (costs.frozen + costs.trainable) / GB + memory.VLLM_GB
+    assert gb["update"] == pytest.approx(CONTEXT_GB + 1.05 * (used + costs.update(4096) / GB))
+    assert found.cache_gb == pytest.approx(MAX_SEQUENCES * (712 + 32) * 28_672 / GB)
+    assert gb["sampling"] == pytest.approx(
+        CONTEXT_GB + 1.05 * (used + (costs.frozen + costs.critic) / GB + found.cache_gb)
+    )
+    assert fit(costs, 1).cache_gb == pytest.approx(744 * 28_672 / GB)  # one sequence, or vLLM does not start
+
+
+def test_calls_of_the_sampler(sizes):
+    """Prevents evaluations or a method whose siblings or prefixes are larger than what was planned for."""
+
+    def calls(**changes):
+        return Costs(replace(QWEN, **changes), sizes, 200, "torch").calls()
+
+    assert calls() == [(4, 200), (16, 200), (4, 712)]
+    assert calls(search="none")[-1] == (1, 200) and calls(search="grpo", samples=9)[-1] == (9, 200)
+    critic = {
+        name: Costs(replace(QWEN, search=name, problems=2), sizes, 200, "torch").critic for name in ("mcts", "none")
+    }
+    assert critic["none"] == 0 < critic["mcts"] < Costs(QWEN, sizes, 200, "torch").critic
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def test_a_cpu_without_a_budget_is_not_estimated(thin, monkeypatch):
+    """Prevents a slower start, numbers about a GPU that isn't there, and a look at the hub."""
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    config = replace(QWEN, model=thin)
+    found = plan(config, "cpu")
+    assert (found.micro_tokens, found.rows, found.cache_gb, str(found)) == (4096, 1024, 1.0, "")
+    assert found.context == memory.longest_prompt(thin, thin, 4) + 512
+
+
+def test_nothing_loads_weights(thin, monkeypatch):
+    """Prevents minutes of loading before a refusal."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    before = torch.get_rng_state()
+    text = str(plan(replace(QWEN, model=thin, gpu_memory=8.0, sampler="torch"), "cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+    first, *parts = text.splitlines()
+    assert first.endswith("of 8.00 GB:") and len(parts) == 4 and len({line.index(".") for line in parts}) == 1
+    assert "1,024 sequences" in parts[2] and "4,096 tokens" in parts[3]
+
+
+def test_no_prompt_is_longer_than_the_context(thin, checkpoint):
+    """Prevents a vLLM that refuses a prompt in the middle of a run, for each tokenizer of the kit."""
+    for folder in (thin, str(checkpoint)):
+        policy = load_policy(checkpoint)
+        policy.tokenizer = memory.PreTrainedTokenizerFast.from_pretrained(folder)
+        for size in (3, 4):
+            longest = max(len(policy.encode(problem)) for problem in make_problems(100, "train", size=size))
+            assert longest <= memory.longest_prompt(folder, folder, size) <= longest + 2 * memory.MARGIN
+
+
+def test_an_adapter_keeps_its_own_rank(checkpoint, tmp_path):
+    """Prevents an adapter that is counted with the rank of the command line, which loading it ignores."""
+    load_policy(checkpoint, lora_rank=3).save(tmp_path)
+    config = replace(QWEN, model=str(tmp_path), gpu_memory=4.0, sampler="torch")
+    sizes = read_sizes(checkpoint, checkpoint)
+    assert plan(config, "cpu").parts["trainable ones"] * GB == pytest.approx(
+        16 * (sizes.value_head + 3 * sizes.adapter)
+    )
+
+
+@pytest.mark.parametrize("sampler", ["torch", "vllm"])
+@pytest.mark.parametrize("asked, free, budget", [(0, 22, 22), (12, 22, 12), (24, 22, 22)])
+def test_pytorch_is_held_to_the_budget(sampler, asked, free, budget, thin, monkeypatch):
+    """Prevents --gpu-memory that only advises, a plan for memory that others hold, and an update under a cap that
+    counts what vLLM gave back."""
+    capped = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", capped.append)
+    monkeypatch.setattr("sampling.find_spec", lambda name: True)
+    found = plan(replace(QWEN, model=thin, gpu_memory=float(asked), sampler=sampler), "cuda")
+    assert found.budget == budget and (found.cache_gb > 0) == (sampler == "vllm")
+    asleep = found.parts["frozen weights"] + found.cache_gb if sampler == "vllm" else 0
+    assert capped == ([pytest.approx((budget - CONTEXT_GB + asleep) / 32)] if asked else [])
+
+
+def test_unusable_models_are_one_line(thin, tmp_path):
+    """Prevents tracebacks for a model whose config.json or tokenizer can't be read."""
+    for file in ("config.json", "tokenizer.json"):
+        folder = tmp_path / file
+        shutil.copytree(thin, folder)
+        (folder / file).write_text("{")
+        with pytest.raises(ValueError, match="can't load") as error:
+            plan(replace(QWEN, model=str(folder), gpu_memory=8.0), "cpu")
+        assert "\n" not in str(error.value)

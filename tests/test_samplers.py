@@ -1,0 +1,333 @@
+"""One contract for both samplers, with a LoRA adapter and with all weights trained, on a thin Qwen2.5: what is drawn,
+with which log-probabilities, where it stops, what it cost, and whose weights. `make test-vllm` runs vLLM's half."""
+
+import gc
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from test_sampling import assert_distribution
+from torch.testing import assert_close
+
+import ppo
+import sampling
+from countdown import Problem
+from learner import make_optimizer, right_align, update
+from mcts import SearchConfig
+from policy import TINY, Policy, load_policy
+from runs import read_metrics
+from sampling import STEP_END, Sampler, TorchSampler, VLLMSampler, complete, make_sampler, pick_sampler
+
+CONTEXT = 512  # of the samplers under test, half the model's
+GB = 2**30
+PROBLEMS = [Problem((2, 3, 5), 25), Problem((7, 7, 1, 4), 9)]
+needs_vllm = pytest.mark.skipif(
+    not find_spec("vllm") or torch.cuda.is_available(), reason="vLLM on a CPU is not installed here: make test-vllm"
+)
+EACH = [
+    pytest.param((kind, rank), id=f"{kind}-{'lora' if rank else 'full'}", marks=needs_vllm if kind == "vllm" else ())
+    for kind in ("torch", "vllm")
+    for rank in (8, 0)
+]
+
+
+@dataclass
+class Engine:
+    kind: str
+    policy: Policy
+    sampler: Sampler
+    prefixes: list[list[int]]  # of different lengths, some behind the opening that the thin model was taught
+
+    def draw(self, n=8, max_tokens=32, temperature=0.7, stop_at_step=True, prefixes=None, seeds=None):
+        prefixes = self.prefixes if prefixes is None else prefixes
+        seeds = [1000 * i for i in range(len(prefixes))] if seeds is None else seeds
+        return self.sampler.sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step)
+
+    def text(self, tokens: list[int]) -> str:
+        return self.policy.tokenizer.decode(tokens)
+
+    def trainer_logprobs(self, rows, temperature: float) -> list[list[float]]:
+        """What policy.logprobs_and_values says of each sample's tokens."""
+        prompts = [prefix for prefix, row in zip(self.prefixes, rows, strict=True) for _ in row]
+        completions = [s.tokens for row in rows for s in row]
+        with torch.no_grad():
+            logprobs = self.policy.logprobs_and_values(self.policy.batch(prompts, completions), temperature)[0]
+        return [row[-len(c) :] for row, c in zip(logprobs.tolist(), completions, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def two_ends(qwen, tmp_path_factory):
+    """The thin Qwen2.5 with both stop tokens equally likely, and with habits of sampling such as Qwen2.5's."""
+    policy, folder = load_policy(qwen), tmp_path_factory.mktemp("two-ends")
+    rare, usual = policy.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert policy.stop_ids == {rare, usual}
+    policy.lm.get_input_embeddings().weight.data[rare] = policy.lm.get_input_embeddings().weight.data[usual]
+    policy.lm.generation_config.update(do_sample=True, top_k=3, top_p=0.5, repetition_penalty=1.5)
+    policy.lm.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=EACH)
+def started(request, two_ends):
+    """A sampler of a policy whose trainable weights have left the checkpoint's."""
+    kind, rank = request.param
+    torch.manual_seed(2)
+    policy = load_policy(two_ends, rank)
+    for parameter in policy.lm.parameters():
+        if parameter.requires_grad:
+            parameter.data += (0.03 if rank else 0.005) * torch.randn_like(parameter)
+    opening = "<|im_start|>assistant\n"
+    texts = [opening, opening + "<step> 1 + 2 = 3 left 3 4 </step>", opening + "<step> 6 * 4 = 24 left 3 </step> <"]
+    prefixes = [*policy.tokenizer(texts)["input_ids"], policy.encode(PROBLEMS[0])]
+    engine = Engine(kind, policy, make_sampler(kind, policy, CONTEXT, 1024, 0.1, seed=0), prefixes)
+    yield engine
+    engine.sampler = None
+    gc.collect()
+
+
+@pytest.fixture
+def swept():
+    """For a test that makes an engine: vLLM's process groups are global, one collected later takes the next one's."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def engine(started):
+    """The module's engine; a test may train its policy."""
+    trained = {name: p.detach().clone() for name, p in started.policy.named_parameters() if p.requires_grad}
+    version = started.policy.version
+    yield started
+    if started.policy.version != version:
+        started.policy.load_state_dict(trained, strict=False)
+        started.policy.version += 1
+
+
+# ------------------------------------------------------------------------------------------------ where it stops
+
+
+@pytest.mark.parametrize("stop_at_step", [True, False])
+def test_every_sample_says_why_it_ended(engine, stop_at_step):
+    """Prevents text after an end, a lost stop token or tag, a second stop token that is overlooked, and an ended answer
+    that the search would expand."""
+    rows, _ = engine.draw(n=32, stop_at_step=stop_at_step)
+    samples = [s for row in rows for s in row]
+    stops = engine.policy.stop_ids
+    for s in samples:
+        text, before = engine.text(s.tokens), engine.text(s.tokens[:-1])
+        at_step = stop_at_step and STEP_END in text
+        assert s.ended == ("end" if s.tokens[-1] in stops else "step" if at_step else "length")
+        assert not stops & set(s.tokens[:-1]) and not (stop_at_step and STEP_END in before)
+        assert s.ended != "step" or text.count(STEP_END) == 1
+        assert len(s.tokens) == len(s.logprobs) <= 32
+        assert len(s.tokens) == 32 or s.ended != "length"
+    assert {s.ended for s in samples} == {"end", "length", *(["step"] if stop_at_step else [])}
+    assert {s.tokens[-1] for s in samples if s.ended == "end"} == stops
+    assert stop_at_step or any(STEP_END in engine.text(s.tokens[:-1]) for s in samples)
+
+
+def test_an_end_on_the_last_allowed_token_is_no_length(engine):
+    """Prevents finished answers that count as cut off, and steps that the search would take for terminal."""
+    rows, _ = engine.draw(n=1, prefixes=engine.prefixes[1:2] * 40)
+    for why in ("step", "end"):
+        seed, sample = next((1000 * i, s) for i, (s,) in enumerate(rows) if s.ended == why)
+        (((again,),), _) = engine.draw(1, len(sample.tokens), prefixes=engine.prefixes[1:2], seeds=[seed])
+        assert (again.tokens, again.ended) == (sample.tokens, why)
+
+
+# ------------------------------------------------------------------------------------------------ what is drawn
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_are_those_of_the_distribution_drawn_from(engine, temperature):
+    """Prevents a ratio other than 1 before the first update, such as from vLLM's default, which reports the untempered
+    distribution whatever the temperature."""
+    rows, _ = engine.draw(temperature=temperature)
+    recorded = [s.logprobs for row in rows for s in row]
+    for mine, trainers in zip(recorded, engine.trainer_logprobs(rows, temperature), strict=True):
+        assert_close(mine, trainers, atol=1e-4, rtol=0)
+    untempered = [x for row in engine.trainer_logprobs(rows, 1.0) for x in row]
+    furthest = max(abs(x - y) for x, y in zip(sum(recorded, []), untempered, strict=True))
+    assert (furthest > 0.3) == (temperature != 1)
+
+
+def test_first_tokens_follow_the_softmax_of_transformers(engine):
+    """Prevents a top-p or penalty from the model's own generation config, siblings that share randomness, and an
+    adapter or trained weights that are not there."""
+    prefixes = [engine.prefixes[1], engine.prefixes[3]]
+    rows, _ = engine.draw(2_000, 1, prefixes=prefixes)
+    for prefix, samples in zip(prefixes, rows, strict=True):
+        with torch.no_grad():
+            logits = engine.policy.lm(input_ids=torch.tensor([prefix])).logits[0, -1].double()
+        assert_distribution([s.tokens[0] for s in samples], torch.softmax(logits / 0.7, -1))
+
+
+def test_draws_depend_on_prefix_and_seed_alone(engine):
+    """Prevents results that change with the number of workers, the order of problems or what an engine has cached."""
+    seeds = [5, 2**61 + 1, 2**63 - 9, 7_000]
+    together, _ = engine.draw(seeds=seeds)
+    for i in (3, 0, 1, 2):
+        (alone,), _ = engine.draw(prefixes=[engine.prefixes[i]], seeds=[seeds[i]])
+        assert [(s.tokens, s.ended) for s in alone] == [(s.tokens, s.ended) for s in together[i]]
+
+
+def test_other_seeds_and_siblings_draw_other_tokens(engine):
+    """Prevents a group of identical samples."""
+    rows, _ = engine.draw(n=4, temperature=1.0, stop_at_step=False, prefixes=[engine.prefixes[0]] * 3)
+    assert len({tuple(s.tokens) for row in rows for s in row}) > 10  # of 12; those that end at once may coincide
+
+
+# ------------------------------------------------------------------------------------------------ cost and limits
+
+
+def test_usage_counts_what_was_run_through_the_model(engine):
+    """Prevents curves at equal compute from counts that hide or invent a prefix cache."""
+    prefix = engine.policy.encode(Problem((97, 89, 83), 997)) * 2  # of no other test
+    (_, first), (rows, second) = (engine.draw(n=4, prefixes=[prefix, prefix[:200]]) for _ in range(2))
+    assert second.generated == sum(len(s.tokens) for row in rows for s in row)
+    assert second.seconds > 0
+    length = len(prefix) + 200
+    if engine.kind == "torch":
+        assert first.prefilled == second.prefilled == length
+    else:  # whole blocks of 128 tokens are found again, siblings find each other's
+        assert len(prefix) <= first.prefilled < 4 * length
+        assert second.prefilled == 4 * (len(prefix) % 128 + 200 % 128) < first.prefilled
+
+
+def test_no_prefixes_give_no_samples(engine):
+    """Prevents a search wave without leaves that breaks."""
+    rows, usage = engine.draw(prefixes=[])
+    assert (rows, usage.generated, usage.prefilled) == ([], 0, 0)
+
+
+def test_no_sequence_outgrows_the_context(engine):
+    """Prevents positions beyond those the model was made for, and vLLM's errors of many lines."""
+    room = CONTEXT if engine.kind == "vllm" else 1024
+    prefix = [engine.prefixes[0][0]] * (room - 4)
+    rows, _ = engine.draw(8, 4, prefixes=[prefix])
+    assert "length" in {s.ended for s in rows[0]}
+    if engine.kind == "vllm":  # a search may ask for more than it will keep
+        more, _ = engine.draw(8, 9, prefixes=[prefix])
+        assert [(s.tokens, s.ended) for s in more[0]] == [(s.tokens, s.ended) for s in rows[0]]
+        prefix, message = [*prefix, 1, 1, 1, 1], f"^{room} prefix . 1 new tokens exceed the context of {room}$"
+    else:
+        message = f"^{room - 4} prefix . 5 new tokens exceed the context of {room}$"
+    with pytest.raises(ValueError, match=message):
+        engine.draw(1, 5, prefixes=[engine.prefixes[0], prefix])
+
+
+# ------------------------------------------------------------------------------------------------ whose weights
+
+
+def train_on(engine, temperature=0.7, seed=0):
+    """Sample, then update at a high learning rate. Returns the losses, and how far a log-probability moved at most."""
+    policy, config = engine.policy, ppo.Config(temperature=temperature, kl_coefficient=0.0, clip_gradient=1e9)
+    optimizer = make_optimizer(policy, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 if policy.lora else 0.002
+    seeds = [1000 * seed, 1000 * seed + 500]
+    rows, _ = complete(policy, engine.sampler, PROBLEMS, 4, seeds, 16, temperature, "none")
+    trajectories = sum(rows, [])
+    engine.sampler.rest()
+    losses = update(policy, optimizer, trajectories, config)
+    again = policy.batch([t.prompt for t in trajectories], [t.completion for t in trajectories])
+    with torch.no_grad():
+        after = policy.logprobs_and_values(again, temperature)[0]  # [B, T]
+    before = right_align([t.logprobs for t in trajectories], after.shape[1], policy.device)  # [B, T]
+    return losses, ((after - before) * again.completion).abs().max().item()
+
+
+def test_weights_are_never_stale(engine):
+    """Prevents training on what an old policy drew: an adapter that vLLM takes for a known one, a tied head that is not
+    reloaded, prefixes cached under the weights before. Sampler and trainer agree before each of three updates and
+    after the last."""
+    for step in range(3):
+        losses, moved = train_on(engine, seed=step)
+        assert losses["disagreement_max"] < 1e-4 and moved > 0.05
+    rows, _ = engine.draw()
+    for mine, trainers in zip([s.logprobs for row in rows for s in row], engine.trainer_logprobs(rows, 0.7)):
+        assert_close(mine, trainers, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("started", EACH[2:3], indirect=True)
+def test_old_adapters_are_thrown_away(engine):
+    """Prevents a disk and an engine that fill with an adapter a step."""
+    for step in range(3):
+        train_on(engine, seed=step)
+    engine.draw(n=1)
+    (folder,) = Path(engine.sampler.adapters.name).iterdir()
+    assert engine.sampler.llm.llm_engine.list_loras() == {engine.sampler.adapter.lora_int_id}
+    assert folder == Path(engine.sampler.adapter.lora_path)
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
+    """Prevents vLLM as a surprise on a CPU, and a traceback where it isn't installed."""
+    assert pick_sampler("auto", "cpu") == pick_sampler("torch", "cuda") == "torch"
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    assert pick_sampler("auto", "cuda") == "torch"
+    with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
+        pick_sampler("vllm", "cpu")
+    monkeypatch.setattr(sampling, "find_spec", lambda name: name)
+    assert pick_sampler("auto", "cuda:0") == pick_sampler("vllm", "cpu") == "vllm"
+    assert pick_sampler("auto", "cpu") == "torch"
+
+
+def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
+    """Prevents a name that is picked and then not made."""
+    assert isinstance(make_sampler(pick_sampler("auto", "cpu"), policy, 64, 8, 0.1, 0), TorchSampler)
+
+
+@pytest.mark.parametrize("engine", EACH)
+def test_search_and_updates_run_on_each_engine(engine, qwen, tiny_config, swept):
+    """Prevents samplers that work alone and not in a run: steps of a search joined into trajectories, evaluations and
+    rests in between, the memory that the run plans for them."""
+    sampler, rank = engine
+    config = tiny_config(
+        model=str(qwen), sampler=sampler, lora_rank=rank, tokens=0, steps=2, temperature=0.8, max_tokens=48,
+        learning_rate=3e-3, tree=SearchConfig(simulations=8, children=2, step_tokens=24),
+    )  # fmt: skip
+    ppo.train(config, ppo.collect_mcts)
+    steps = [row for row in read_metrics(config.folder) if "policy_loss" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert all(math.isfinite(row[name]) for name in ("policy_loss", "value_loss", "kl", "gradient_norm"))
+        assert row["disagreement_mean"] < 1e-3 and row["tree_visits"] == 8
+    torch.manual_seed(config.seed)
+    before, after = load_policy(qwen, rank), load_policy(config.folder / "policy", rank)
+    pairs = zip(before.lm.state_dict().values(), after.lm.state_dict().values(), strict=True)
+    assert any((x - y).abs().max() > 1e-3 for x, y in pairs)
+
+
+@needs_vllm
+def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(swept):
+    """Prevents steps that never end: vLLM finds </step> in its own decoding of the tokens, and its AutoTokenizer takes
+    the embedded model's word pieces for bytes."""
+    with pytest.raises(ValueError, match="^vLLM reads this model's tokenizer in another way: pass --sampler torch$"):
+        VLLMSampler(load_policy(TINY), 256, 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("vllm")), reason="needs an NVIDIA GPU and vLLM")
+def test_a_resting_engine_gives_its_memory_and_wakes_with_new_weights(qwen, swept):
+    """Prevents an update without memory, and an engine that wakes with the weights it fell asleep with. In bf16, as
+    vLLM's LoRA kernels for GPUs take no fp32; so the bounds are wide."""
+    policy = load_policy(qwen, 8, "cuda", "bfloat16")
+    engine = Engine("vllm", policy, make_sampler("vllm", policy, CONTEXT, 1024, 1.0, 0), [policy.encode(PROBLEMS[0])])
+    for step in range(2):
+        engine.draw()
+        awake = torch.cuda.mem_get_info()[0]
+        engine.sampler.rest()
+        assert torch.cuda.mem_get_info()[0] - awake > 0.9 * GB
+        losses, moved = train_on(engine, seed=step)
+        assert losses["disagreement_mean"] < 0.05 and moved > 0.5
+    rows, _ = engine.draw()
+    recorded, trainers = [s.logprobs for s in rows[0]], engine.trainer_logprobs(rows, 0.7)
+    differences = [abs(x - y) for mine, theirs in zip(recorded, trainers) for x, y in zip(mine, theirs, strict=True)]
+    assert sum(differences) / len(differences) < 0.05
