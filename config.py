@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import runs
+from loading import TINY
 from mcts import CHOICES, SearchConfig
-from policy import TINY
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md

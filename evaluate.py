@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import runs
 from countdown import Problem, make_problems, read_problems
+from loading import TINY, load_policy, pick_device
 from mcts import SearchConfig, best_answer, search
-from policy import TINY, Policy, load_policy, pick_device
+from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar

@@ -87,7 +87,7 @@ def update(
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient).item()
         optimizer.step()
     policy.version += 1
-    if sums["disagreement_mean"] > config.max_disagreement:
+    if not sums["disagreement_mean"] <= config.max_disagreement:  # NaN warns too
         tqdm.write(
             f"warning: sampler and trainer differ by {sums['disagreement_mean']:.3f} nats a token (mean, above "
             f"{config.max_disagreement}): see --old-logprobs truncated, or --sampler torch"

@@ -27,7 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import Config
 from countdown import Problem, prompt
-from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, explain, locate
+from loading import explain, locate
+from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead
 from sampling import DRAW_CHUNK, MAX_SEQUENCES, pick_sampler
 
 GB = 2**30

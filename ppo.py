@@ -25,8 +25,9 @@ from config import Config, parse
 from countdown import Problem, make_splits
 from evaluate import Score, evaluate
 from learner import make_optimizer, update
+from loading import load_policy, pick_device
 from mcts import CHOICES, search
-from policy import Policy, load_policy, pick_device
+from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler
 
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
@@ -86,6 +87,8 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     engine = pick_sampler(config.sampler, device)
     torch.manual_seed(config.seed)
     plan = memory.plan(config, device)
+    if plan.parts:
+        print(plan)
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )

@@ -28,8 +28,9 @@ from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
 from config import PRESETS, Config
 from countdown import Problem, Reward
 from learner import batch_loss, make_optimizer
+from loading import load_policy
 from memory import GB, Costs, read_sizes
-from policy import Batch, Policy, load_policy
+from policy import Batch, Policy
 from sampling import TorchSampler, Trajectory
 
 

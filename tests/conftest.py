@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 from benchmarks.random_qwen import THIN, Shape, make_checkpoint
 from config import Config
 from countdown import Problem
+from loading import load_policy
 from mcts import SearchConfig
-from policy import load_policy
 from pretrain import PretrainConfig, build_model, build_tokenizer
 from sampling import Sample, Usage
 

@@ -13,7 +13,7 @@ import learner
 from config import Config
 from countdown import Reward
 from learner import batch_loss, cispo_loss, gae, kl_k3, make_optimizer, micro_batches, ppo_loss, token_weights, update
-from policy import load_policy
+from loading import load_policy
 from sampling import TorchSampler, Trajectory, complete
 
 UNIT = st.floats(-1, 1, width=32)

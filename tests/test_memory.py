@@ -15,8 +15,8 @@ from benchmarks.random_qwen import THIN, Shape
 from config import PRESETS
 from countdown import make_problems
 from learner import make_optimizer
+from loading import load_policy
 from memory import CONTEXT_GB, GB, MAX_SEQUENCES, Costs, fit, plan, read_sizes
-from policy import load_policy
 
 QWEN = PRESETS["qwen1.5b"]
 FULL = dict(lora_rank=0, dtype="float32")

@@ -17,8 +17,9 @@ import ppo
 import runs
 from config import PRESETS, Config, parse
 from countdown import Reward
+from loading import load_policy
 from mcts import SearchConfig
-from policy import Policy, load_policy
+from policy import Policy
 from ppo import collect_mcts, collect_samples, progress, train
 from runs import read_metrics
 from sampling import TorchSampler, Usage
@@ -115,8 +116,9 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
     )
     expected = STEP | METHOD.get(method, set())
     assert [set(row) ^ expected for row in steps] == [EVAL if row["step"] % 4 == 0 else set() for row in steps]
-    for counter in ("generated", "prefilled", "seconds"):
+    for counter in ("generated", "prefilled", "seconds", *(["valued"] if method == "mcts" else [])):
         assert np.all(np.diff([first[counter], *(row[counter] for row in steps)]) > 0)
+    assert method == "mcts" or last["valued"] == 0
     assert {row["eval_k"] for row in steps if "eval_k" in row} == {2} and steps[0]["ratio"] == pytest.approx(
         1, abs=1e-4
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import pretrain as module
 from countdown import Problem, follow, play_distribution, split_of, verify
-from policy import load_policy
+from loading import load_policy
 from pretrain import PretrainConfig, build_tokenizer, encode, games, pretrain, write_game
 
 WORDS = ["Numbers:", "Target:", "left", "<step>", "</step>", "<answer>", "</answer>", *"+-*/()="]

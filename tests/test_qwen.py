@@ -16,8 +16,8 @@ import ppo
 import sampling
 from config import Config, parse
 from learner import make_optimizer, update
+from loading import load_policy
 from mcts import SearchConfig
-from policy import load_policy
 from ppo import collect_mcts, train
 from runs import read_metrics
 from sampling import TorchSampler, complete

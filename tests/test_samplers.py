@@ -16,8 +16,9 @@ import ppo
 import sampling
 from countdown import Problem
 from learner import make_optimizer, right_align, update
+from loading import TINY, load_policy
 from mcts import SearchConfig
-from policy import TINY, Policy, load_policy
+from policy import Policy
 from runs import read_metrics
 from sampling import STEP_END, Sampler, TorchSampler, VLLMSampler, complete, make_sampler, pick_sampler
 

@@ -1,0 +1,142 @@
+"""Loading: a policy from a Hugging Face name, a folder, an adapter or a run; what can't be one gets a line of advice.
+
+Weights are read from safetensors alone, and no code that comes with a model is run.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from policy import Policy
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU where there is one; ValueError for a GPU that isn't there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no NVIDIA GPU is visible to PyTorch: pass --device cpu")
+    return device
+
+
+def load_policy(
+    model: str | Path,
+    lora_rank: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str = "none",
+    gradient_checkpointing: bool = False,
+    train: bool = True,
+) -> Policy:
+    """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
+
+    lora_rank 0 trains all weights (then fp32 is needed); above 0 it trains a LoRA adapter of that rank in fp32 on
+    all linear layers over a frozen base in `dtype`, its linear layers in 4 bits with quantize="nf4". train=False, for
+    evaluation, takes any dtype and keeps no reference. ValueError says what to do when the model can't be used.
+    """
+    folder, base = locate(model)
+    adapter = folder if base != folder else None
+    lora = bool(adapter or lora_rank)
+    if train and not lora and dtype != "float32":
+        raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
+    if train and not lora and quantize != "none":
+        raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
+    dtype = getattr(torch, dtype)
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    if quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": device}
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+        # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
+        own = adapter and (Path(adapter) / "tokenizer.json").exists()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(adapter if own else base, padding_side="left")
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if adapter:
+            lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True)
+        elif lora_rank:
+            settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+            lm = get_peft_model(lm, settings)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ValueError(explain(folder, base, error)) from None
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{str(model)!r} has no chat template: use an instruct model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if quantize == "none":
+        lm.to(device)
+    for parameter in lm.parameters():
+        if parameter.requires_grad and lora:
+            parameter.data = parameter.data.float()
+    policy = Policy(lm.eval(), tokenizer, lora, train)
+    if (head := Path(folder) / "value_head.safetensors").exists():
+        policy.value_head.load_state_dict(load_file(head))
+    return policy
+
+
+def locate(model: str | Path) -> tuple[str, str]:
+    """Where tokenizer (and adapter, if it is one) and base weights are: two folders or Hugging Face names. A run folder
+    stands for its final policy. ValueError, before anything is read, for what can't be a model."""
+    path, name = Path(model).expanduser(), str(model)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        raise ValueError(f"{name} is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER")
+    if not path.exists():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ValueError(f"there is no folder {name}")
+        ask_hub(name)
+        return name, name
+    if path.is_file():
+        raise ValueError(f"{name} is a file: pass the folder of a Hugging Face model")
+    if (path / "policy").is_dir():
+        path = path / "policy"
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
+        if not (path / "adapter_model.safetensors").exists():
+            raise ValueError(f"{name}: the adapter has no weights (adapter_model.safetensors)")
+        try:
+            return str(path), locate(base)[0]
+        except ValueError as error:
+            raise ValueError(f"{name}: its base model is not to be had: {error}") from None
+    if (path / "checkpoint").is_dir():
+        raise ValueError(f"{name} is a run without a final policy: go on with it, --resume, or pass {name}/checkpoint")
+    if not (path / "config.json").exists():
+        held = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (it holds {held})")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
+    return str(path), str(path)
+
+
+def ask_hub(name: str) -> None:
+    """ValueError, at once and not after minutes of retries, if a model is neither in the hub's cache nor on the hub."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # no such name, no access, no network, offline: each raises its own
+        raise ValueError(explain(name, name, error)) from None
+
+
+def explain(folder: str, base: str, error: Exception) -> str:
+    """One line of advice when transformers could not load a model that `locate` let pass."""
+    what = f"{folder!r}" if folder == base else f"the base model {base!r} of the adapter {folder!r}"
+    if Path(base).exists():
+        return f"can't load {what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return (
+        f"can't load {what}: no such folder, and not to be had from the Hugging Face hub (no access, or no such name). "
+        f"Where there is access: hf download {base} --local-dir FOLDER; then pass the folder"
+    )
