@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from policy import Policy
+from policy import VALUE_HEAD, Policy
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -82,7 +82,7 @@ def load_policy(
         if parameter.requires_grad and lora:
             parameter.data = parameter.data.float()
     policy = Policy(lm.eval(), tokenizer, lora, train)
-    if (head := Path(folder) / "value_head.safetensors").exists():
+    if (head := Path(folder) / VALUE_HEAD).exists():
         policy.value_head.load_state_dict(load_file(head))
     return policy
 

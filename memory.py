@@ -117,7 +117,10 @@ def longest_prompt(folder: str, base: str, size: int) -> int:
     """Tokens of a prompt of `size` numbers at most. ValueError if the tokenizer can't be had."""
     worst = prompt(Problem((13,) * size, 13**size))
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        own = (Path(folder) / "tokenizer.json").exists()  # an adapter may lack one
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else base)
+        if tokenizer.chat_template is None:
+            raise ValueError("it has no chat template: use an instruct model")
         text = tokenizer.apply_chat_template(worst, tokenize=False, add_generation_prompt=True)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(explain(folder, base, error)) from None
@@ -161,15 +164,21 @@ class Costs:
         layers = self.around + s.layers * (b * s.hidden if recompute else self.kept)
         work = max(4, 3 * b - 4) * s.wide + (12 if b < 4 else 4) * s.hidden  # gradients inside a layer
         norm, head = 12 * s.hidden, 28 * s.hidden  # the value head in fp32: norm, 4h, h
-        logits = 16 * min(max(LOGIT_CHUNK, s.vocabulary), tokens * s.vocabulary)  # fp32, three alive, one may be kept
+        logits = 4 * min(max(LOGIT_CHUNK, s.vocabulary), tokens * s.vocabulary)  # fp32; a chunk that is alone is kept
         embedding = 0 if self.rank else 4 * s.vocabulary * s.hidden  # one gradient of a tied embedding
         none, some = -4 * self.trained, 4 * (s.value_head - self.trained)  # the gradients that are not there yet
         return max(
-            tokens * (layers + norm + head) + max(tokens * self.forward(False), logits) + none,  # reference
-            tokens * (layers + norm) + max(tokens * 2 * head, logits + 2 * embedding) + some,  # back through the heads
+            tokens * (layers + norm + head)
+            + logits
+            + max(tokens * self.forward(False), 3 * logits)
+            + none,  # reference
+            tokens * (layers + norm)
+            + logits
+            + max(tokens * 2 * head, 3 * (logits + embedding))
+            + some,  # back through the heads
             tokens * (layers + work + (self.kept if recompute else 0)) + embedding + some,  # through the last layer
             tokens * (self.around + b * s.hidden + work + self.kept),  # through the first layer
-            2 * embedding,
+            tokens * self.around + 2 * embedding,  # through the embedding
             4 * self.trained,  # AdamW
         )
 

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from countdown import Problem, Reward, prompt, verify
 
 LOGIT_CHUNK = 2**22  # elements of [rows, vocabulary] alive at once
+VALUE_HEAD = Path("value_head") / "weights.safetensors"  # in a saved policy
 CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
 
@@ -187,12 +188,14 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------------- files
 
     def save(self, folder: Path) -> None:
-        """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head beside them."""
+        """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head in a folder beside
+        them: vLLM takes every safetensors file next to config.json for the model's."""
         # one file, and no look at the hub for a changed vocabulary
         options = dict(save_embedding_layers=False) if self.lora else dict(max_shard_size="1TB")
         self.lm.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+        (folder / VALUE_HEAD).parent.mkdir(exist_ok=True)
+        save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
 
     def load_weights(self, folder: Path) -> None:
         """Trained weights from `save`, into a policy made with the same settings; the reference stays as it is."""
@@ -205,7 +208,7 @@ class Policy(nn.Module):
             if unexpected or set(missing) - {"lm_head.weight"}:
                 raise ValueError(f"{folder}: weights do not fit the model ({[*missing, *unexpected][:3]} …)")
             self.lm.tie_weights()
-        if (head := folder / "value_head.safetensors").exists():
+        if (head := folder / VALUE_HEAD).exists():
             self.value_head.load_state_dict(load_file(head))
 
 

@@ -204,6 +204,8 @@ class VLLMSampler:
         self.adapter, self.adapters = None, tempfile.TemporaryDirectory(prefix="adapters-")
         self.asleep = False
         lora = policy.lm.peft_config["default"].r if policy.lora else 0
+        if lora and self.on_gpu and policy.base.dtype == torch.float32:
+            raise ValueError("vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch")
         self.llm = vllm.LLM(
             model=policy.base.name_or_path,
             tokenizer=policy.tokenizer.name_or_path,

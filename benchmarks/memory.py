@@ -79,10 +79,10 @@ def counted(config: Config) -> Iterator[tuple[Policy, Count]]:
     """A policy of fake tensors, made by `load_policy`, and the count of its bytes."""
 
     def blank(base, dtype, **_):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype), {"missing_keys": []}
 
     def copied(lm):  # deepcopy mixes fake modes
-        return blank(config.model, lm.dtype)
+        return blank(config.model, lm.dtype)[0]
 
     def stay(module, *_, **__):  # a fake module can't be moved, and is where it should be
         return module

@@ -91,7 +91,7 @@ METHOD["mcts"] = {f"tree_{key}" for key in "visits nodes merged depth root_q roo
 
 
 def weights(folder):
-    names = ("model.safetensors", "adapter_model.safetensors", "value_head.safetensors")
+    names = ("model.safetensors", "adapter_model.safetensors", "value_head/weights.safetensors")
     return [load_file(folder / name) for name in names if (folder / name).exists()]
 
 

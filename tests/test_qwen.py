@@ -157,7 +157,7 @@ def test_a_resumed_run_in_4_bits_ends_like_an_uninterrupted_one(qwen_config, tmp
     histories, weights = [], []
     for run in (tmp_path / "a", tmp_path / "b"):
         histories.append([{key: row[key] for key in row.keys() - TIMES} for row in read_metrics(run)])
-        names = ("adapter_model.safetensors", "value_head.safetensors")
+        names = ("adapter_model.safetensors", "value_head/weights.safetensors")
         weights.append([load_file(run / "policy" / name) for name in names])
     assert histories[0] == histories[1]
     assert_close(weights[0], weights[1], atol=0, rtol=0)

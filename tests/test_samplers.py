@@ -67,8 +67,7 @@ def two_ends(qwen, tmp_path_factory):
     assert policy.stop_ids == {rare, usual}
     policy.lm.get_input_embeddings().weight.data[rare] = policy.lm.get_input_embeddings().weight.data[usual]
     policy.lm.generation_config.update(do_sample=True, top_k=3, top_p=0.5, repetition_penalty=1.5)
-    policy.lm.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    policy.save(folder)
     return folder
 
 
