@@ -167,15 +167,10 @@ class Costs:
         logits = 4 * min(max(LOGIT_CHUNK, s.vocabulary), tokens * s.vocabulary)  # fp32; a chunk that is alone is kept
         embedding = 0 if self.rank else 4 * s.vocabulary * s.hidden  # one gradient of a tied embedding
         none, some = -4 * self.trained, 4 * (s.value_head - self.trained)  # the gradients that are not there yet
+        kept = tokens * (layers + norm) + logits  # until the heads are done
         return max(
-            tokens * (layers + norm + head)
-            + logits
-            + max(tokens * self.forward(False), 3 * logits)
-            + none,  # reference
-            tokens * (layers + norm)
-            + logits
-            + max(tokens * 2 * head, 3 * (logits + embedding))
-            + some,  # back through the heads
+            kept + tokens * head + max(tokens * self.forward(False), 3 * logits) + none,  # the reference's pass
+            kept + max(2 * tokens * head, 3 * (logits + embedding)) + some,  # back through the heads
             tokens * (layers + work + (self.kept if recompute else 0)) + embedding + some,  # through the last layer
             tokens * (self.around + b * s.hidden + work + self.kept),  # through the first layer
             tokens * self.around + 2 * embedding,  # through the embedding
