@@ -48,7 +48,7 @@ class Config:
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
-    sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm
+    sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there, but for nf4), torch, vllm
 
     # memory
     lora_rank: int = 0  # 0 trains all weights
@@ -121,6 +121,8 @@ class Config:
             raise ValueError("training all weights needs dtype float32: in bf16 most small updates round to nothing")
         if self.lora_rank == 0 and self.quantize != "none":
             raise ValueError("4-bit weights can't be trained: set lora_rank above 0, or quantize to none")
+        if self.sampler == "vllm" and self.quantize != "none":
+            raise ValueError("vLLM does not serve NF4 weights: set sampler to torch, or quantize to none")
         if self.search in ("cispo", "grpo") and self.samples < 2:
             raise ValueError(f"{self.search} compares the samples of a problem: samples must be at least 2")
 
@@ -158,7 +160,7 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
             runs.fail("--resume RUN takes no other option: the run's own configuration is used")
         saved = json.loads((Path(args[1]) / "config.json").read_text())
         known = {f.name for f in fields(Config)}
-        saved = {key: value for key, value in saved.items() if key in known}
+        saved = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}
         saved |= {"out": Path(args[1]), "tree": SearchConfig(**saved["tree"])}
         return Config(**saved), True
     name = "qwen1.5b" if torch.cuda.is_available() else "tiny"

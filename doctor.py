@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SHOWN = ("torch", "transformers", "peft", "bitsandbytes", "vllm")
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"  # the model of preset qwen1.5b
-LEAST_GPU = 8  # GB, the smallest budget that preset qwen1.5b knows
+GPU_GB = {"": 14, "--quantize nf4 --sampler torch": 7}  # that preset qwen1.5b takes, by memory.py's estimate
 
 
 def installed(package: str) -> str | None:
@@ -102,8 +102,9 @@ def main() -> None:
         needs.append(f"torch can't be used: {sys.executable} -m pip install --force-reinstall -r {file}")
     elif driver and not free:
         needs.append("torch does not see the GPU: a CPU build (pip uninstall torch, then install again), an old driver")
-    if 0 < free < LEAST_GPU:
-        needs.append(f"qwen1.5b wants {LEAST_GPU} GB of free GPU memory: close what else uses it, or --preset tiny")
+    if 0 < free < GPU_GB[""]:
+        options = next((options for options, least in GPU_GB.items() if free >= least), "--preset tiny")
+        needs.append(f"qwen1.5b wants {GPU_GB['']} GB of free GPU memory: close what else uses it, or pass {options}")
     lines = [
         f"python    {sys.version.split()[0]} (>=3.10), {sys.executable}",
         f"packages  {versions}",

@@ -201,7 +201,7 @@ def main() -> None:
     config = runs.read_config(EvaluateConfig)
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
     device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device)
+    engine = pick_sampler(config.sampler, device, config.quantize)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
     context = max(len(policy.encode(problem)) for problem in problems) + config.max_tokens
     sampler = make_sampler(engine, policy, context, config.rows, config.cache_gb, config.seed)
@@ -224,7 +224,8 @@ def main() -> None:
     print(f"{config.model}, search={config.search}: {score.line()}")
     print(
         f"{tokens:.0f} tokens generated a problem, {score.usage.prefilled / score.problems:.0f} prefilled, "
-        f"{score.usage.seconds:.0f} s in all"
+        f"{score.usage.valued / score.problems:.0f} read by the critic; "
+        f"{score.usage.seconds:.0f} s of sampling, {score.usage.critic_seconds:.0f} s of the critic"
     )
     if config.out:
         runs.write(config.out, json.dumps(asdict(config) | asdict(score) | runs.provenance(), default=str, indent=1))

@@ -115,14 +115,15 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
     """The gradient of the step's loss, in micro-batches, left in the weights; returns the loss's parts."""
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(len(t.completion) for t in trajectories)
-    sums: dict[str, float] = {"disagreement_max": 0.0}
+    sums: dict[str, float] = {}
+    furthest = []
     for group in micro_batches(trajectories, micro_tokens):
-        loss, means, furthest = batch_loss(policy, group, config, len(trajectories), tokens)
+        loss, means, far = batch_loss(policy, group, config, len(trajectories), tokens)
         loss.backward()
-        sums["disagreement_max"] = max(sums["disagreement_max"], furthest.item())
+        furthest.append(far)
         for key, value in means.items():
             sums[key] = sums.get(key, 0.0) + value.item()
-    return sums
+    return sums | {"disagreement_max": torch.stack(furthest).max().item()}
 
 
 def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[Trajectory]]:

@@ -134,7 +134,7 @@ class Costs:
         """`prompt`: tokens of the longest; `engine`: torch or vllm; `adapter`: the rank of one that is trained on."""
         s, rank, b = sizes, adapter or config.lora_rank, 4 if config.dtype == "float32" else 2
         self.config, self.sizes, self.prompt, self.adapter, self.rank, self.bytes = config, s, prompt, adapter, rank, b
-        self.engine = "torch" if config.sampler == "torch" else engine
+        self.engine = "torch" if config.sampler == "torch" or config.quantize == "nf4" else engine
         self.context = prompt + config.max_tokens
         # base weights under LoRA, the reference without; NF4 unpacks one layer at a time; vLLM's copy is as large
         packed = s.linear * NF4 + s.layers * s.linears * TABLES + (s.parameters - s.linear + s.largest) * b
@@ -188,8 +188,10 @@ class Costs:
         s, b = self.sizes, self.bytes
         prompted = max(max(1, rows // n) * prefix for n, prefix in self.calls())
         rows = max(rows, *(n for n, _ in self.calls()))
-        cache = rows * self.context * (self.cached + 40)  # with masks, random numbers, tokens
-        spread = rows * (self.context * 2 * b * (s.queries + 2) + self.forward(True))  # keys and values for all heads
+        over = self.config.tree.step_tokens if self.config.search == "mcts" else 0  # a step is cut after it is drawn
+        length = self.context + over
+        cache = rows * length * (self.cached + 40)  # with masks, random numbers, tokens
+        spread = rows * (length * 2 * b * (s.queries + 2) + self.forward(True))  # keys and values for all heads
         logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
         prefill = prompted * (self.forward(bool(self.rank)) + self.cached)
         return max(prefill, cache + max(spread, logits), self.critic)
@@ -247,7 +249,8 @@ def plan(config: Config, device: str) -> Plan:
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())["r"] if folder != base else 0
-    costs = Costs(config, read_sizes(folder, base), longest, pick_sampler(config.sampler, device), adapter)
+    engine = pick_sampler(config.sampler, device, config.quantize)
+    costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
     found = fit(costs, budget)
     if found.need > budget:
         options = advice(costs, budget)

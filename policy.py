@@ -208,8 +208,7 @@ class Policy(nn.Module):
             if unexpected or set(missing) - {"lm_head.weight"}:
                 raise ValueError(f"{folder}: weights do not fit the model ({[*missing, *unexpected][:3]} …)")
             self.lm.tie_weights()
-        if (head := folder / VALUE_HEAD).exists():
-            self.value_head.load_state_dict(load_file(head))
+        self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
 
 def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple
 def train(config: Config, collect: Callable[..., Collected], resume: bool = False) -> dict[str, Score]:
     """Run a method to the end of its budget; returns the test scores before and after."""
     device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device)
+    engine = pick_sampler(config.sampler, device, config.quantize)
     torch.manual_seed(config.seed)
     plan = memory.plan(config, device)
     if plan.parts:
@@ -105,7 +105,9 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     state = {"step": 0, "progress": 0.0, "generated": 0, "prefilled": 0, "valued": 0, "seconds": 0.0, "evaluated": 0}
     state["micro_tokens"] = plan.micro_tokens
     if resume:
-        folder, state = run.restore()
+        folder, saved = run.restore()
+        state |= saved
+        state["micro_tokens"] = min(state["micro_tokens"], plan.micro_tokens)
         policy.load_weights(folder)
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         policy.version = state["step"]
@@ -135,6 +137,8 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     shown = {}
     while state["progress"] < 1:
         began = time.perf_counter()
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
         rng = np.random.default_rng([config.seed, state["step"]])
         problems = [data["train"][i] for i in rng.integers(len(data["train"]), size=config.problems)]
         trajectories, usage, info = collect(policy, sampler, problems, config, rng)
@@ -157,6 +161,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         row |= {"tokens_per_second": usage.generated / usage.seconds, "sampler_seconds": usage.seconds}
         row |= {"critic_seconds": usage.critic_seconds, "update_seconds": ended - collected}
         if device.startswith("cuda"):
+            # PyTorch's, without CUDA's own; vLLM's sleeping share counts too
             row["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         if (due := int(state["progress"] * config.evaluations)) > state["evaluated"]:
             state["evaluated"] = due
@@ -206,9 +211,11 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
     minutes = state["seconds"] / 60
     lines += [
         f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
+        f"{state['valued']:,} read by the critic, "
         f"{minutes:.1f} min",
         f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, policy/",
-        f"  next: python evaluate.py {config.folder} --search mcts --budget 1024",
+        f"  next: python evaluate.py {config.folder} --search mcts --budget 1024 --max-tokens {config.max_tokens} "
+        f"--temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}",
     ]
     return "\n".join(lines)
 
@@ -222,7 +229,10 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     if config.search not in collectors:
         runs.fail(f"this program runs {', '.join(collectors)}, not {config.search!r}")
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
-    train(config, collectors[config.search], resume)
+    try:
+        train(config, collectors[config.search], resume)
+    except torch.OutOfMemoryError as error:
+        runs.fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
 
 
 COLLECTORS = {"mcts": collect_mcts, "none": collect_samples}

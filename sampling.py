@@ -206,11 +206,12 @@ class VLLMSampler:
         lora = policy.lm.peft_config["default"].r if policy.lora else 0
         if lora and self.on_gpu and policy.base.dtype == torch.float32:
             raise ValueError("vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch")
+        if lora > LORA_RANKS[-1]:
+            raise ValueError(f"vLLM's adapters end at rank {LORA_RANKS[-1]}: pass --sampler torch")
         self.llm = vllm.LLM(
             model=policy.base.name_or_path,
             tokenizer=policy.tokenizer.name_or_path,
             dtype=policy.base.dtype,
-            quantization="bitsandbytes" if getattr(policy.base, "is_loaded_in_4bit", False) else None,
             max_model_len=context,
             kv_cache_memory_bytes=int(cache_gb * 2**30),
             gpu_memory_utilization=0.05,  # only a start-up check then: the trainer's weights are on the card too
@@ -221,7 +222,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # not the model's own top-p and repetition penalty
             enable_lora=bool(lora),
-            max_lora_rank=next((rank for rank in LORA_RANKS if rank >= lora), lora),
+            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= lora),
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,
             disable_log_stats=False,  # they count what the prefix cache saved; they stay in this process
@@ -304,10 +305,13 @@ MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
 
 
-def pick_sampler(sampler: str, device: str) -> str:
-    """ "auto" is vLLM where it is installed and the policy is on a GPU, else torch; ValueError if vLLM isn't there."""
+def pick_sampler(sampler: str, device: str, quantize: str = "none") -> str:
+    """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch; ValueError if vLLM
+    isn't there or can't serve the weights (since 0.28 bitsandbytes is a plugin)."""
     if sampler == "auto":
-        return "vllm" if find_spec("vllm") and device.startswith("cuda") else "torch"
+        return "vllm" if find_spec("vllm") and device.startswith("cuda") and quantize == "none" else "torch"
+    if sampler == "vllm" and quantize != "none":
+        raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
     if sampler == "vllm" and not find_spec("vllm"):
         raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
     return sampler

@@ -1,4 +1,5 @@
-"""The estimate of memory.py against a count: the kit's own policy, learner and sampler, run on fake tensors.
+"""The estimate of memory.py against a count: the kit's own policy, learner and sampler, run on fake tensors; then what
+preset qwen1.5b would use of 8, 12, 16 and 24 GB (the README's table).
 
     python -m benchmarks.memory
 
@@ -29,7 +30,7 @@ from config import PRESETS, Config
 from countdown import Problem, Reward
 from learner import batch_loss, make_optimizer
 from loading import load_policy
-from memory import GB, Costs, read_sizes
+from memory import GB, Costs, advice, fit, longest_prompt, read_sizes
 from policy import Batch, Policy
 from sampling import TorchSampler, Trajectory
 
@@ -151,6 +152,21 @@ def frozen_weights(policy: Policy) -> int:
     return sum(tensor.nbytes for tensor in [*frozen, *scales])
 
 
+def show_plans(model: str) -> None:
+    """What preset qwen1.5b would do with a budget, a row each."""
+    print("\n| budget | weights | sampler | micro-batch | sampler's share | estimated peak |\n|" + "---|" * 6)
+    for budget in 8, 12, 16, 24:
+        for quantize, engine in ("nf4", "torch"), ("none", "torch"), ("none", "vllm"):
+            config = replace(PRESETS["qwen1.5b"], model=model, quantize=quantize, sampler=engine)
+            costs = Costs(config, read_sizes(model, model), longest_prompt(model, model, config.size), engine)
+            found = fit(costs, budget)
+            share = f"{found.cache_gb:.1f} GB cache" if found.cache_gb else f"{found.rows} sequences"
+            plan = f"{found.micro_tokens:,} tokens | {share} | {found.need:.1f} GB"
+            if found.need > budget:
+                plan = f"no: {advice(costs, budget)} fits | | "
+            print(f"| {budget} GB | {'NF4' if quantize == 'nf4' else 'bf16'} | {engine} | {plan} |")
+
+
 @dataclass
 class Bench:
     """Count updates, sampling and the critic of a model with the shape of Qwen2.5-1.5B."""
@@ -179,7 +195,9 @@ def main() -> None:
             guess = costs.frozen + costs.trainable + costs.update(rows * length)
             show(f"update, {what}", rows, count_update(config, rows, length), guess)
     for rows, n in (16, 4), (64, 4), (64, 16):
-        config = replace(lora, tree=replace(lora.tree, children=n), eval_samples=n, test_samples=n, problems=1)
+        config = replace(
+            lora, tree=replace(lora.tree, children=n, step_tokens=1), eval_samples=n, test_samples=n, problems=1
+        )
         costs = Costs(config, sizes, length - config.max_tokens, "torch")
         weights = costs.frozen + 4 * costs.trained  # neither gradients nor moments
         show(
@@ -194,6 +212,7 @@ def main() -> None:
     sizes = read_sizes(config.model, config.model)
     guess = Costs(config, sizes, 1, "torch").frozen - sizes.largest * 2
     show("frozen weights, NF4, 2 layers", "", frozen_weights(policy), guess)
+    show_plans(lora.model)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from mcts import SearchConfig
         (dict(importance_cap=0.0), "importance_cap must be above 0"),
         (dict(max_disagreement=0.0), "max_disagreement must be above 0"),
         (dict(dtype="bfloat16"), "training all weights needs dtype float32"),
+        (dict(sampler="vllm", quantize="nf4", lora_rank=8), "vLLM does not serve NF4 weights: set sampler to torch"),
         (dict(quantize="nf4"), "4-bit weights can't be trained: set lora_rank above 0, or quantize to none"),
     ],
 )

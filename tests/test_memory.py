@@ -154,7 +154,7 @@ def test_logits_are_never_below_the_count(kind, wide):
 @pytest.mark.parametrize("rows, n, model", [(32, 4, "few"), (32, 16, "few"), (32, 16, "wide")])
 def test_sampling_is_never_below_the_count(rows, n, model, request, monkeypatch):
     """Prevents a run that dies while it samples: prefill, caches and draws that the estimate forgot."""
-    folder, tree = request.getfixturevalue(model), replace(QWEN.tree, children=n)
+    folder, tree = request.getfixturevalue(model), replace(QWEN.tree, children=n, step_tokens=1)
     length = 400 if model == "few" else 20
     config = replace(QWEN, model=folder, max_tokens=length - 10, tree=tree, eval_samples=n, test_samples=n)
     monkeypatch.setattr(memory, "CRITIC_TOKENS", 0)
@@ -173,11 +173,10 @@ def test_the_critic_is_never_below_the_count(few):
 # ------------------------------------------------------------------------------------------------ choices
 
 CONFIGS = st.builds(
-    lambda **changes: replace(QWEN, **changes),
-    quantize=st.sampled_from(["none", "nf4"]),
+    lambda engine, **changes: replace(QWEN, sampler=engine[0], quantize=engine[1], **changes),
+    engine=st.sampled_from([("torch", "none"), ("torch", "nf4"), ("vllm", "none")]),
     optimizer=st.sampled_from(["adamw", "paged-adamw8bit"]),
     gradient_checkpointing=st.booleans(),
-    sampler=st.sampled_from(["torch", "vllm"]),
     lora_rank=st.sampled_from([8, 64]),
     max_tokens=st.sampled_from([64, 512]),
     search=st.sampled_from(["mcts", "none", "grpo"]),

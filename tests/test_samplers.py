@@ -276,7 +276,9 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
         pick_sampler("vllm", "cpu")
     monkeypatch.setattr(sampling, "find_spec", lambda name: name)
     assert pick_sampler("auto", "cuda:0") == pick_sampler("vllm", "cpu") == "vllm"
-    assert pick_sampler("auto", "cpu") == "torch"
+    assert pick_sampler("auto", "cpu") == pick_sampler("auto", "cuda", "nf4") == "torch"
+    with pytest.raises(ValueError, match="does not serve NF4"):
+        pick_sampler("vllm", "cuda", "nf4")
 
 
 def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
