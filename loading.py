@@ -60,6 +60,7 @@ def load_policy(
         lm, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+        keep_packing(lm)
         # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
         own = adapter and (Path(adapter) / "tokenizer.json").exists()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(adapter if own else base, padding_side="left")
@@ -85,6 +86,14 @@ def load_policy(
     if (head := Path(folder) / VALUE_HEAD).exists():
         policy.value_head.load_state_dict(load_file(head))
     return policy
+
+
+def keep_packing(lm: torch.nn.Module) -> None:
+    """On CPUs with bf16 instructions bitsandbytes 0.50 packs 4-bit weights anew in the first pass without gradients, for
+    a kernel that has no backward pass: training would fail, or lose gradients in silence. Here they stay as they are."""
+    for layer in lm.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def locate(model: str | Path) -> tuple[str, str]:

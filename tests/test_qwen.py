@@ -4,6 +4,7 @@ queries. The whole loop in fp32, bf16 and 4 bits, held against plain transformer
 import json
 import math
 
+import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ import ppo
 import sampling
 from config import Config, parse
 from learner import make_optimizer, update
-from loading import load_policy
+from loading import keep_packing, load_policy
 from mcts import SearchConfig
 from ppo import collect_mcts, train
 from runs import read_metrics
@@ -60,7 +61,9 @@ def base_model(kind, folder):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    keep_packing(lm)
+    return lm
 
 
 def examples(policy, problems):
@@ -88,12 +91,12 @@ def plain_logprobs(lm, prompts, completions):
     return torch.cat(found)
 
 
-def moved_policy(kind, folder):
+def moved_policy(kind, folder, by=0.05):
     torch.manual_seed(1)
     policy = load(kind, folder)
     for parameter in policy.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+            parameter.data += by * torch.randn_like(parameter)
     return policy
 
 
@@ -176,16 +179,28 @@ def test_the_reference_is_the_base_models_own_word(qwen, problems, kind):
     assert (policy_logprobs(policy, prompts, completions) - expected).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("lora-fp32", 1e-5), ("lora-nf4", 0.2)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("lora-fp32", 1e-4), ("lora-nf4", 0.5)])
 def test_a_merged_adapter_is_the_policy(qwen, problems, kind, tolerance):
     """Prevents an adapter whose scale or place differs between training and what is published. Merged into a 4-bit base
-    it is rounded to 4 bits with it: 0.13 nats a token on average here, where the adapter itself moves 0.30."""
-    policy = moved_policy(kind, qwen)
+    it is rounded to 4 bits with it, an error of a sixth of what the adapter does here."""
+    policy = moved_policy(kind, qwen, by=0.1)
     prompts, completions = examples(policy, problems)
     expected = policy_logprobs(policy, prompts, completions)
-    base = policy_logprobs(policy, prompts, completions, reference=True)
+    moved = (policy_logprobs(policy, prompts, completions, reference=True) - expected).abs().mean()
     merged = plain_logprobs(policy.lm.merge_and_unload(), prompts, completions)
-    assert (merged - expected).abs().mean() < tolerance < 0.25 < (base - expected).abs().mean()
+    assert moved > 0.1 and (merged - expected).abs().mean() < tolerance * moved
+
+
+def test_gradients_flow_through_4_bit_layers_that_have_sampled(qwen):
+    """Prevents an adapter that is trained on part of its gradient: on CPUs with bf16, bitsandbytes' kernel for passes
+    without gradients has no backward pass, and stays in place."""
+    policy = load("lora-nf4", qwen)
+    policy.values([[1, 2, 3]])
+    layer = next(m for name, m in policy.base.named_modules() if name.endswith("o_proj.base_layer"))
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    x = torch.randn(3, weight.shape[1], dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert_close(x.grad, weight.sum(0).expand_as(x), atol=0.05, rtol=0.05)
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary
