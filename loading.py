@@ -90,7 +90,7 @@ def load_policy(
 
 def keep_packing(lm: torch.nn.Module) -> None:
     """On CPUs with bf16 instructions bitsandbytes 0.50 packs 4-bit weights anew in the first pass without gradients,
-    for a kernel that has no backward pass: training fails, or loses gradients in silence. Here they stay as they are."""
+    for a kernel that has no backward pass: training fails, or loses gradients in silence. Here they stay."""
     for layer in lm.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
