@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import runs
 from countdown import Problem, make_problems, read_problems
+from engines import make_sampler, pick_sampler
 from loading import TINY, load_policy, pick_device
 from mcts import SearchConfig, best_answer, search
 from policy import Policy
-from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler, stream
+from sampling import KEPT, Sampler, Trajectory, Usage, complete, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
 
@@ -124,7 +125,7 @@ def evaluate_search(
         seeds = [stream(seed, start + i) for i in range(len(some))]
         if method == "mcts":
             prompts = [policy.encode(problem) for problem in some]
-            trees, used = search(some, prompts, sampler, policy.values, policy.grade, config, seeds)
+            trees, used = search(some, prompts, sampler, sampler.values, policy.grade, config, seeds)
             chosen = [best_answer(tree, config) for tree in trees]
             rewards += [[node.reward if node else policy.grade(p, [])] for node, p in zip(chosen, some)]
         else:
@@ -204,7 +205,7 @@ def main() -> None:
     engine = pick_sampler(config.sampler, device, config.quantize)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
     context = max(len(policy.encode(problem)) for problem in problems) + config.max_tokens
-    sampler = make_sampler(engine, policy, context, config.rows, config.cache_gb, config.seed)
+    sampler = make_sampler(engine, policy, context, config.rows, KEPT, config.cache_gb, config.seed)
     if config.search == "none":
         score = evaluate(
             policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True

@@ -18,7 +18,6 @@ a leaf is counted once, a terminal node is never expanded nor given to the criti
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -295,15 +294,15 @@ def search(
     problems: list[Problem],
     prompts: list[list[int]],
     sampler: Sampler,
-    critic: Callable[[list[list[int]]], list[float]],
+    critic: Callable[[list[list[int]]], tuple[list[float], Usage]],
     grade: Callable[[Problem, list[int]], Reward],
     config: SearchConfig,
     seeds: list[int],
 ) -> tuple[list[Tree], Usage]:
     """Search all problems together until every tree has had `config.simulations` visits or spent its tokens.
 
-    critic(states) -> values in [-1, 1]; grade(problem, completion ids) -> Reward. Tree i depends on seeds[i] alone,
-    not on the other trees. Usage tells the critic's cost apart from the sampler's.
+    critic(states) -> values in [-1, 1] and their cost; grade(problem, completion ids) -> Reward. Tree i depends on
+    seeds[i] alone, not on the other trees. Usage tells the critic's cost apart from the sampler's.
     """
     trees = [Tree(*item) for item in zip(problems, prompts, map(np.random.default_rng, seeds), strict=True)]
     usage = Usage()
@@ -341,9 +340,8 @@ def visit(selected: list[tuple[Tree, Node]], sampler, critic, grade, config: Sea
         drawn, usage = sampler.sample(
             states, config.children, seeds, config.step_tokens, config.temperature, stop_at_step=True
         )
-        began = time.perf_counter()
-        values = critic(states)
-        usage += Usage(valued=sum(map(len, states)), critic_seconds=time.perf_counter() - began)
+        values, read = critic(states)
+        usage += read
         for (tree, node), samples, value in zip(fresh, drawn, values, strict=True):
             tree.expansions += 1
             tree.generated += sum(len(sample.tokens) for sample in samples)

@@ -3,8 +3,8 @@
 Computed from the model's config.json and tokenizer alone; 1 GB = 2**30 bytes. Resident all along are the frozen weights
 and the trainable ones with gradients and optimiser state. On top of them comes the larger of two peaks:
 
-    sampling   TorchSampler's cache of `rows` sequences and, after it, the critic's forward pass; or vLLM's copy of
-               the weights, its cache and the critic's pass together
+    sampling   TorchSampler's cache of `rows` sequences and what it keeps of a search; or vLLM's copy of the weights,
+               its cache and the critic's forward pass
     update     the activations of a micro-batch, then the optimiser's temporaries; vLLM sleeps but keeps VLLM_GB
 
 The activations are those of a decoder of attention and gated MLP (Llama, Qwen, Mistral, Gemma), with attention kernels
@@ -25,11 +25,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cache import BLOCK
 from config import Config
 from countdown import Problem, prompt
+from engines import MAX_SEQUENCES, pick_sampler
 from loading import explain, locate
 from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead
-from sampling import DRAW_CHUNK, MAX_SEQUENCES, pick_sampler
+from sampling import DRAW_CHUNK, KEPT
 
 GB = 2**30
 CONTEXT_GB = 0.6  # CUDA's own: context, kernels, cuBLAS workspaces
@@ -48,6 +50,7 @@ class Plan:
     context: int  # tokens of the longest sequence
     micro_tokens: int  # in one forward and backward pass
     rows: int  # sequences that TorchSampler decodes together
+    kept: int  # tokens whose keys and values it keeps during a search
     cache_gb: float  # GB of vLLM's keys and values
     budget: float = 0.0  # GB
     parts: dict[str, float] = field(default_factory=dict)  # GB; a peak has everything in it
@@ -183,18 +186,22 @@ class Costs:
         collect = {"mcts": (c.tree.children, self.context), "none": (1, self.prompt)}.get(c.search)
         return [(c.eval_samples, self.prompt), (c.test_samples, self.prompt), collect or (c.samples, self.prompt)]
 
+    def kept_tokens(self, rows: int) -> int:
+        """Tokens whose keys and values TorchSampler keeps during a search: half as many as it decodes with."""
+        return min(KEPT, rows * self.context // 2) if self.config.search == "mcts" else 0
+
     def sampling(self, rows: int) -> float:
-        """TorchSampler with `rows` sequences: prefill of their prefixes, decoding or drawing; the critic after it."""
+        """TorchSampler with `rows` sequences: what it keeps; prefill of their prefixes, decoding or drawing."""
         s, b = self.sizes, self.bytes
         prompted = max(max(1, rows // n) * prefix for n, prefix in self.calls())
         rows = max(rows, *(n for n, _ in self.calls()))
         over = self.config.tree.step_tokens if self.config.search == "mcts" else 0  # a step is cut after it is drawn
-        length = self.context + over
+        length = self.context + over + BLOCK
         cache = rows * length * (self.cached + 40)  # with masks, random numbers, tokens
         spread = rows * (length * 2 * b * (s.queries + 2) + self.forward(True))  # keys and values for all heads
         logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
         prefill = prompted * (self.forward(bool(self.rank)) + self.cached)
-        return max(prefill, cache + max(spread, logits), self.critic)
+        return self.kept_tokens(rows) * self.cached + max(prefill, cache + max(spread, logits))
 
 
 def fit(costs: Costs, budget: float) -> Plan:
@@ -215,7 +222,15 @@ def fit(costs: Costs, budget: float) -> Plan:
     parts = {"frozen weights": costs.frozen / GB, "trainable ones": costs.trainable / GB}
     for phase, size in ("sampling", sampling), ("update", costs.update(tokens)):
         parts[f"{phase}, peak"] = CONTEXT_GB + (1 + FRAGMENTATION) * (resident + size) / GB
-    return Plan(costs.context, min(costs.config.micro_batch_tokens, tokens), rows, cache / GB, budget, parts)
+    return Plan(
+        costs.context,
+        min(costs.config.micro_batch_tokens, tokens),
+        rows,
+        costs.kept_tokens(rows),
+        cache / GB,
+        budget,
+        parts,
+    )
 
 
 def advice(costs: Costs, budget: float) -> str:
@@ -245,7 +260,7 @@ def plan(config: Config, device: str) -> Plan:
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
     if not on_gpu and not config.gpu_memory:
-        return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, 1.0)
+        return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())["r"] if folder != base else 0

@@ -23,12 +23,13 @@ import memory
 import runs
 from config import Config, parse
 from countdown import Problem, make_splits
+from engines import make_sampler, pick_sampler
 from evaluate import Score, evaluate
 from learner import make_optimizer, update
 from loading import load_policy, pick_device
 from mcts import CHOICES, search
 from policy import Policy
-from sampling import Sampler, Trajectory, Usage, complete, make_sampler, pick_sampler
+from sampling import Sampler, Trajectory, Usage, complete
 
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 
@@ -44,7 +45,7 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
         return policy.grade(problem, completion, config.strict)
 
     settings = config.search_config
-    trees, usage = search(problems, prompts, sampler, policy.values, grade, settings, seeds)
+    trees, usage = search(problems, prompts, sampler, sampler.values, grade, settings, seeds)
     chosen = [(tree, CHOICES[config.distill](tree, settings)) for tree in trees]
     trajectories = [
         Trajectory(
@@ -92,7 +93,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )
-    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.cache_gb, config.seed)
+    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
     optimizer = make_optimizer(policy, config)
     data = make_splits(
         config.split,

@@ -200,9 +200,8 @@ def main() -> None:
         )
         costs = Costs(config, sizes, length - config.max_tokens, "torch")
         weights = costs.frozen + 4 * costs.trained  # neither gradients nor moments
-        show(
-            f"sampling, {n} to a prefix", rows, count_sampling(config, rows, n, length), weights + costs.sampling(rows)
-        )
+        guess = weights + costs.sampling(rows) - costs.kept_tokens(rows) * costs.cached  # nothing is kept here
+        show(f"sampling, {n} to a prefix", rows, count_sampling(config, rows, n, length), guess)
     waiting = config.problems * config.tree.workers
     show("critic", waiting, count_critic(config, waiting, length), weights + costs.critic)
 

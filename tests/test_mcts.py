@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import mcts
 from countdown import Problem, Reward, legal_moves, reachable, solvable
 from mcts import Node, SearchConfig, Tree
-from sampling import Sample
+from sampling import Sample, Usage
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
 
@@ -56,7 +56,7 @@ class World:
 
     def critic(self, states):
         self.valued.append([tuple(state) for state in states])
-        return [self.value(state) for state in self.valued[-1]]
+        return [self.value(state) for state in self.valued[-1]], Usage(valued=sum(map(len, states)), critic_seconds=0.5)
 
     def grade(self, problem, completion):
         self.graded.append((problem.target, *completion))

@@ -16,7 +16,7 @@ from config import PRESETS
 from countdown import make_problems
 from learner import make_optimizer
 from loading import load_policy
-from memory import CONTEXT_GB, GB, MAX_SEQUENCES, Costs, fit, plan, read_sizes
+from memory import CONTEXT_GB, GB, KEPT, MAX_SEQUENCES, Costs, fit, plan, read_sizes
 
 QWEN = PRESETS["qwen1.5b"]
 FULL = dict(lora_rank=0, dtype="float32")
@@ -42,7 +42,7 @@ def quick(qwen, sizes):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "read_sizes", lambda *_: sizes)
             patch.setattr(memory, "longest_prompt", lambda *_: longest)
-            patch.setattr("sampling.find_spec", lambda name: True)
+            patch.setattr("engines.find_spec", lambda name: True)
             return plan(replace(config, model=qwen), "cpu")
 
     return run
@@ -255,7 +255,8 @@ def test_calls_of_the_sampler(sizes):
     assert of().calls() == [(4, 200), (16, 200), (4, 712)]
     assert of(search="none").calls()[-1] == (1, 200) and of(search="grpo", samples=9).calls()[-1] == (9, 200)
     assert of(search="none").critic == 0 < of(problems=2).critic < of().critic == of(problems=200).critic
-    assert of().critic <= of().sampling(1)
+    assert (of().kept_tokens(8), of(search="none").kept_tokens(8), of().kept_tokens(10**6)) == (8 * 356, 0, KEPT)
+    assert of().sampling(1) > of().kept_tokens(1) * of().cached
     assert of(problems=1).sampling(1) == of(problems=1).sampling(4) >= 16 * 712 * of().cached  # evaluation draws 16
 
 
@@ -310,7 +311,7 @@ def test_pytorch_is_held_to_the_budget(sampler, asked, free, budget, few, monkey
     capped = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", capped.append)
-    monkeypatch.setattr("sampling.find_spec", lambda name: True)
+    monkeypatch.setattr("engines.find_spec", lambda name: True)
     found = plan(replace(QWEN, model=few, gpu_memory=float(asked), sampler=sampler), "cuda")
     assert found.budget == budget and (found.cache_gb > 0) == (sampler == "vllm")
     asleep = found.parts["frozen weights"] + found.cache_gb if sampler == "vllm" else 0

@@ -12,15 +12,16 @@ import torch
 from test_sampling import assert_distribution
 from torch.testing import assert_close
 
+import engines
 import ppo
-import sampling
 from countdown import Problem
+from engines import VLLMSampler, make_sampler, pick_sampler
 from learner import make_optimizer, right_align, update
 from loading import TINY, load_policy
 from mcts import SearchConfig
 from policy import Policy
 from runs import read_metrics
-from sampling import STEP_END, Sampler, TorchSampler, VLLMSampler, complete, make_sampler, pick_sampler
+from sampling import STEP_END, Sampler, TorchSampler, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
 GB = 2**30
@@ -83,7 +84,7 @@ def started(request, two_ends):
     opening = "<|im_start|>assistant\n"
     texts = [opening, opening + "<step> 1 + 2 = 3 left 3 4 </step>", opening + "<step> 6 * 4 = 24 left 3 </step> <"]
     prefixes = [*policy.tokenizer(texts)["input_ids"], policy.encode(PROBLEMS[0])]
-    engine = Engine(kind, policy, make_sampler(kind, policy, CONTEXT, 1024, 0.1, seed=0), prefixes)
+    engine = Engine(kind, policy, make_sampler(kind, policy, CONTEXT, 1024, 4096, 0.1, seed=0), prefixes)
     yield engine
     engine.sampler = None
     gc.collect()
@@ -250,7 +251,7 @@ def test_weights_are_never_stale(engine):
         assert losses["disagreement_max"] < 1e-4 and moved > 0.05
     rows, _ = engine.draw()
     for mine, trainers in zip([s.logprobs for row in rows for s in row], engine.trainer_logprobs(rows, 0.7)):
-        assert_close(mine, trainers, atol=1e-4, rtol=0)
+        assert_close(mine, trainers, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("started", EACH[2:3], indirect=True)
@@ -270,11 +271,11 @@ def test_old_adapters_are_thrown_away(engine):
 def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
     """Prevents vLLM as a surprise on a CPU, and a traceback where it isn't installed."""
     assert pick_sampler("auto", "cpu") == pick_sampler("torch", "cuda") == "torch"
-    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert pick_sampler("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
         pick_sampler("vllm", "cpu")
-    monkeypatch.setattr(sampling, "find_spec", lambda name: name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name)
     assert pick_sampler("auto", "cuda:0") == pick_sampler("vllm", "cpu") == "vllm"
     assert pick_sampler("auto", "cpu") == pick_sampler("auto", "cuda", "nf4") == "torch"
     with pytest.raises(ValueError, match="does not serve NF4"):
@@ -283,7 +284,7 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
 
 def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
     """Prevents a name that is picked and then not made."""
-    assert isinstance(make_sampler(pick_sampler("auto", "cpu"), policy, 64, 8, 0.1, 0), TorchSampler)
+    assert isinstance(make_sampler(pick_sampler("auto", "cpu"), policy, 64, 8, 99, 0.1, 0), TorchSampler)
 
 
 @pytest.mark.parametrize("engine", EACH)
@@ -321,7 +322,8 @@ def test_a_resting_engine_gives_its_memory_and_wakes_with_new_weights(qwen, swep
     """Prevents an update without memory, and an engine that wakes with the weights it fell asleep with. In bf16, as
     vLLM's LoRA kernels for GPUs take no fp32; so the bounds are wide."""
     policy = load_policy(qwen, 8, "cuda", "bfloat16")
-    engine = Engine("vllm", policy, make_sampler("vllm", policy, CONTEXT, 1024, 1.0, 0), [policy.encode(PROBLEMS[0])])
+    sampler = make_sampler("vllm", policy, CONTEXT, 1024, 4096, 1.0, 0)
+    engine = Engine("vllm", policy, sampler, [policy.encode(PROBLEMS[0])])
     for step in range(2):
         engine.draw()
         awake = torch.cuda.mem_get_info()[0]

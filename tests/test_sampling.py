@@ -216,6 +216,59 @@ def test_siblings_share_one_prefill_and_ended_rows_leave_the_batch(stopping, for
     assert usage.seconds > 0
 
 
+def search_twice(policy, sampler, n=6, seed=1):
+    """Two waves of a search: the steps that go on, sampled from once more. Returns states, samples and usages."""
+    states, found = [list(prefix) for prefix in PREFIXES], []
+    for wave in range(3):
+        rows, usage = sampler.sample(states, n, [seed + 100 * wave + i for i in range(len(states))], 6, 1.0, True)
+        found.append((states, rows, usage))
+        states = [state + s.tokens for state, row in zip(states, rows) for s in row[:2] if s.ended != "end"]
+    return found
+
+
+def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping):
+    """Prevents prefixes run again for every wave, and states inherited from another sequence, position or column."""
+    kept, bare = TorchSampler(stopping), TorchSampler(stopping, kept=0)
+    for wave, (one, other) in enumerate(zip(search_twice(stopping, kept), search_twice(stopping, bare))):
+        (states, rows, usage), (_, again, plain) = one, other
+        assert_same_draws(rows, again)
+        assert len({len(state) for state in states}) > 2 and plain.prefilled == sum(map(len, states))
+        assert usage.prefilled == (plain.prefilled if wave == 0 else len(states))
+
+
+def test_the_critic_reads_nothing_that_the_sampler_has_read(stopping):
+    """Prevents a second pass over every state, and values of other states or weights than asked for."""
+    sampler = TorchSampler(stopping)
+    for states, _, _ in search_twice(stopping, sampler)[-1:]:
+        found, usage = sampler.values(states[::-1])
+        assert usage.valued == 0 and len(set(found)) > 3
+        assert_close(found, stopping.values(states[::-1]), atol=1e-5, rtol=0)
+    found, usage = sampler.values([*states, [9, 9]])
+    assert_close(found, stopping.values([*states, [9, 9]]))
+    assert usage.valued == sum(map(len, states)) + 2
+    stopping.version += 1
+    assert sampler.values(states)[1].valued == sum(map(len, states))
+
+
+def test_what_was_kept_is_forgotten_with_its_weights_and_when_it_is_too_much(stopping):
+    """Prevents keys and values of old weights, and a cache that outgrows its memory or fails when it is full."""
+    for wave, (_, rows, _) in enumerate(search_twice(stopping, sampler := TorchSampler(stopping, kept=60))):
+        assert_same_draws(rows, search_twice(stopping, TorchSampler(stopping, kept=0))[wave][1])
+        assert sampler.pool.used <= 60
+    assert sampler.pool.full
+    sampler = TorchSampler(stopping)
+    (states, rows, _), *_ = search_twice(stopping, sampler)
+    with torch.no_grad():
+        stopping.lm.get_input_embeddings().weight[5:].mul_(1.5)
+    stopping.version += 1
+    again, usage = sampler.sample(states, 6, [1, 2, 3, 4, 5], 6, 1.0, True)
+    fresh, _ = TorchSampler(stopping).sample(states, 6, [1, 2, 3, 4, 5], 6, 1.0, True)
+    assert_same_draws(again, fresh)
+    assert usage.prefilled == sum(map(len, states)) and [s.tokens for s in again[0]] != [s.tokens for s in rows[0]]
+    sampler.rest()
+    assert not sampler.pool.layers and sampler.pool.used == 0
+
+
 def test_usage_adds_up():
     """Prevents curves at equal compute from a count that is lost."""
     assert Usage(1, 20, 0.5, 7, 2.0) + Usage(2, 30, 0.25, 8, 0.5) == Usage(3, 50, 0.75, 15, 2.5)

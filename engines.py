@@ -1,0 +1,157 @@
+"""The engine that a run samples with, and the second one there is: vLLM, in the same process, for GPUs."""
+
+import os
+import shutil
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from policy import Policy
+from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_context, read_values
+
+MAX_SEQUENCES = 256  # that vLLM decodes together
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
+
+
+class VLLMSampler:
+    """vLLM in this process. Every call first serves the policy's newest weights: a LoRA policy as a new adapter (vLLM
+    caches adapters by id: the same id with new files would silently stay the old one), a fully trained one by reloading
+    all weights (the tied head by its own name, or the old one would stay). Log-probabilities are those of the
+    distribution drawn from, not vLLM's default of the untempered one. One at a time in a process: vLLM's process groups
+    and counters are global."""
+
+    def __init__(self, policy: Policy, context: int, cache_gb: float = 1.0, seed: int = 0):
+        """`context`: tokens of the longest sequence, continuations end there; `cache_gb`: GB (2**30 bytes) of cache."""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.on_gpu = policy.device.type == "cuda"
+        if not self.on_gpu:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm
+
+        self.vllm, self.policy, self.context = vllm, policy, context
+        self.served: int | None = None  # the policy's version that vLLM holds
+        self.adapter, self.adapters = None, tempfile.TemporaryDirectory(prefix="adapters-")
+        self.asleep = False
+        lora = policy.lm.peft_config["default"].r if policy.lora else 0
+        if lora and self.on_gpu and policy.base.dtype == torch.float32:
+            raise ValueError("vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch")
+        if lora > LORA_RANKS[-1]:
+            raise ValueError(f"vLLM's adapters end at rank {LORA_RANKS[-1]}: pass --sampler torch")
+        self.llm = vllm.LLM(
+            model=policy.base.name_or_path,
+            tokenizer=policy.tokenizer.name_or_path,
+            dtype=policy.base.dtype,
+            max_model_len=context,
+            kv_cache_memory_bytes=int(cache_gb * 2**30),
+            gpu_memory_utilization=0.05,  # only a start-up check then: the trainer's weights are on the card too
+            max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=4096 if self.on_gpu else max(4096, context),  # of prefixes in one pass
+            enable_chunked_prefill=self.on_gpu,  # the split prefix of a seeded request is an error on a CPU
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # not the model's own top-p and repetition penalty
+            enable_lora=bool(lora),
+            max_lora_rank=next(rank for rank in LORA_RANKS if rank >= lora),
+            enable_sleep_mode=self.on_gpu,
+            enforce_eager=not self.on_gpu,
+            disable_log_stats=False,  # they count what the prefix cache saved; they stay in this process
+            seed=seed,
+        )
+        probe = policy.tokenizer("<step> 1 + 2 = 3 </step>")["input_ids"]
+        if self.llm.get_tokenizer().decode(probe) != policy.tokenizer.decode(probe):
+            raise ValueError("vLLM reads this model's tokenizer in another way: pass --sampler torch")
+
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+        began = time.perf_counter()
+        check_context(self.context, prefixes, 1)
+        self._serve()
+        wanted = [
+            self.vllm.SamplingParams(
+                n=n,
+                seed=seed % 2**62,  # vLLM adds the sample's index
+                max_tokens=max_tokens,
+                temperature=temperature,
+                logprobs=0,  # of the drawn token
+                stop=[STEP_END] if stop_at_step else None,
+                stop_token_ids=sorted(self.policy.stop_ids),
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,
+                detokenize=stop_at_step,
+            )
+            for seed in seeds
+        ]
+        missed = self._cache_misses()
+        prompts = [{"prompt_token_ids": prefix} for prefix in prefixes]
+        outputs = self.llm.generate(prompts, wanted, lora_request=self.adapter, use_tqdm=False) if prompts else []
+        rows = [[self._record(one) for one in sorted(row.outputs, key=lambda o: o.index)] for row in outputs]
+        usage = Usage(
+            generated=sum(len(s.tokens) for row in rows for s in row),
+            prefilled=self._cache_misses() - missed,
+            seconds=time.perf_counter() - began,
+        )
+        return rows, usage
+
+    def values(self, states):
+        return read_values(self.policy, states)
+
+    def rest(self):
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=1)  # weights go to the CPU's memory, the KV cache is dropped
+            self.asleep = True
+
+    def _serve(self) -> None:
+        """Wake up, and bring vLLM's weights to the policy's version."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep, self.served = False, None
+        if self.served == self.policy.version:
+            return
+        if self.policy.lora:
+            from vllm.lora.request import LoRARequest
+
+            number = self.adapter.lora_int_id + 1 if self.adapter else 1
+            folder = Path(self.adapters.name) / str(number)
+            self.policy.lm.save_pretrained(folder, save_embedding_layers=False)
+            if self.adapter:
+                self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
+                shutil.rmtree(self.adapter.lora_path)
+            self.adapter = LoRARequest(f"policy-{number}", number, str(folder))
+        else:  # state_dict names the tied head too
+            weights = self.policy.lm.state_dict().items()
+            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        self.llm.reset_prefix_cache()
+        self.served = self.policy.version
+
+    def _cache_misses(self) -> int:
+        """Prefix tokens that vLLM has run through the model so far."""
+        counted = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
+        return int(counted.get("vllm:prefix_cache_queries", 0) - counted.get("vllm:prefix_cache_hits", 0))
+
+    def _record(self, output) -> Sample:
+        ended = "length" if output.finish_reason == "length" else "step" if output.stop_reason == STEP_END else "end"
+        tokens = list(output.token_ids)
+        return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
+
+
+def pick_sampler(sampler: str, device: str, quantize: str = "none") -> str:
+    """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch; ValueError if vLLM
+    isn't there or can't serve the weights (since 0.28 bitsandbytes is a plugin)."""
+    if sampler == "auto":
+        return "vllm" if find_spec("vllm") and device.startswith("cuda") and quantize == "none" else "torch"
+    if sampler == "vllm" and quantize != "none":
+        raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
+    if sampler == "vllm" and not find_spec("vllm"):
+        raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
+    return sampler
+
+
+def make_sampler(
+    sampler: str, policy: Policy, context: int, rows: int, kept: int, cache_gb: float, seed: int
+) -> Sampler:
+    """The engine that `sampler` names, torch or vllm, with what a Plan gives it (memory.py)."""
+    return TorchSampler(policy, rows, kept) if sampler == "torch" else VLLMSampler(policy, context, cache_gb, seed)
