@@ -86,7 +86,8 @@ class Config:
     evaluations: int = 10  # on the validation split along the run
     eval_problems: int = 200
     eval_samples: int = 4
-    test_problems: int = 820  # before and after training
+    test_problems: int = 820  # after training, and before it
+    test_before: bool = True  # off where many runs start from one policy
     test_samples: int = 16
     eval_temperature: float = 1.0
     device: str = "auto"  # auto, cpu, cuda

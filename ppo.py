@@ -132,8 +132,10 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         tqdm.write(f"test {when}: {score.line()}")
         return score
 
-    scores = {"before": Score(**state["before"])} if "before" in state else {"before": test("before")}
-    state["before"] = asdict(scores["before"])
+    scores = {}
+    if config.test_before:
+        scores["before"] = Score(**state["before"]) if "before" in state else test("before")
+        state["before"] = asdict(scores["before"])
     bar = tqdm(total=100, initial=int(100 * state["progress"]), desc=config.search, unit="%", bar_format=BAR)
     shown = {}
     while state["progress"] < 1:

@@ -1,0 +1,125 @@
+"""The study: every run behind a published figure, from one table of settings.
+
+    python study.py tune             # each method's learning rate and main knob, on validation problems
+    python study.py compare          # the methods with what tuning chose, 5 seeds each, on the test problems
+    python study.py compare --seeds 3 --jobs 2
+
+Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
+the cores. What is done is skipped, what was interrupted is resumed from its checkpoint, so the study can be stopped at
+any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl go to results/STAGE/.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import runs
+
+PROGRAMS = {
+    "mcts": "ppo.py --search mcts",
+    "none": "ppo.py --search none",
+    "best-of-n": "baselines.py --method best-of-n",
+    "cispo": "baselines.py --method cispo",
+    "grpo": "baselines.py --method grpo",
+}
+# each method's main knob: how it spends its tokens
+KNOBS = {
+    "mcts": ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32"),
+    "none": ("--problems 64", "--problems 256"),
+    "best-of-n": ("--samples 8", "--samples 32"),
+    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
+    "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
+}
+RATES = ("1e-4", "3e-4", "1e-3")
+TUNE = "--tokens 500000 --evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
+# of all six settings of a method, the one with the highest validation mean@16 (LOG.md)
+CHOSEN: dict[str, str] = {}
+COMPARE = "--tokens 1500000 --evaluations 10 --no-test-before"
+
+
+@dataclass
+class StudyConfig:
+    """Run a stage of the study, or go on with it."""
+
+    stage: tyro.conf.Positional[str]  # tune, compare
+    seeds: int = 5  # of compare
+    jobs: int = 2  # runs at a time
+    methods: tuple[str, ...] = tuple(PROGRAMS)
+    out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"the first word must be {' or '.join(STAGES)}, not {self.stage!r}")
+        if unknown := set(self.methods) - set(PROGRAMS):
+            raise ValueError(f"methods are {', '.join(PROGRAMS)}, not {', '.join(unknown)}")
+        if min(self.seeds, self.jobs) < 1:
+            raise ValueError("seeds and jobs must be at least 1")
+
+
+def tune(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    """A name and a command line for each setting tried."""
+    for rate in RATES:
+        for number in (0, 1):
+            for method in config.methods:
+                name = f"{method}-lr{rate}-knob{number}"
+                yield name, f"{PROGRAMS[method]} --learning-rate {rate} {KNOBS[method][number]} {TUNE}"
+
+
+def compare(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    for seed in range(config.seeds):
+        for method in config.methods:
+            yield f"{method}-seed{seed}", f"{PROGRAMS[method]} --seed {seed} {CHOSEN[method]} {COMPARE}"
+
+
+STAGES = {"tune": tune, "compare": compare}
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end, the final policy and test."""
+    rows = runs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
+
+
+def run(name: str, command: str, config: StudyConfig) -> str:
+    """Do one run, or what is left of it; returns a line about it."""
+    folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
+    if finished(kept):
+        return f"{name}: done before"
+    program, *options = command.split()
+    if not finished(folder):
+        if (folder / "checkpoint").is_dir():
+            options = ["--resume", str(folder)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            options += ["--preset", "tiny", "--out", str(folder)]
+        threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
+        told = subprocess.run(
+            [sys.executable, program, *options],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
+        if told.returncode:
+            return f"{name}: failed, {(told.stderr.strip() or 'no message').splitlines()[-1]}"
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "metrics.jsonl"):
+        shutil.copy(folder / file, kept / file)
+    return f"{name}: done"
+
+
+def main() -> None:
+    config = runs.read_config(StudyConfig)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for line in pool.map(lambda job: run(*job, config), list(STAGES[config.stage](config))):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    runs.command(main)
