@@ -15,6 +15,7 @@ import numpy as np
 import runs
 from config import Config
 from countdown import Problem
+from distill import group_advantages
 from policy import Policy
 from ppo import Collected, run, sample_rows
 from sampling import Sampler
@@ -35,7 +36,7 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
         rewards = [t.reward.value for t in row]
         if min(rewards) < max(rewards):  # the mean of equal rewards may differ from them by rounding
             for trajectory, advantage in zip(row, group_advantages(rewards)):
-                trajectory.advantage = float(advantage)
+                trajectory.advantages = [float(advantage)] * len(trajectory.completion)
             trained += row
     everything = [t for row in rows for t in row]
     info = {
@@ -43,12 +44,6 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
         "solved": float(np.mean([any(t.reward.correct for t in row) for row in rows])),
     }
     return trained, usage, info
-
-
-def group_advantages(rewards: list[float]) -> np.ndarray:
-    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL)."""
-    values = np.asarray(rewards)
-    return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
 
 
 COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": collect_groups}

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import runs
+from distill import LESSONS
 from loading import TINY
-from mcts import CHOICES, SearchConfig
+from mcts import SearchConfig
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
@@ -44,7 +45,7 @@ class Config:
     samples: int = 16  # completions a problem: best-of-n, cispo, grpo
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
-    distill: str = "best-path"  # what a tree gives the trainer: best-path (the post), best-answer
+    distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
@@ -94,7 +95,7 @@ class Config:
 
     def __post_init__(self):
         for name, choices in dict(
-            preset=tuple(PRESETS), search=METHODS, split=("multiset", "post"), distill=tuple(CHOICES),
+            preset=tuple(PRESETS), search=METHODS, split=("multiset", "post"), distill=tuple(LESSONS),
             sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
             optimizer=("adamw", "paged-adamw8bit"), old_logprobs=("recorded", "recomputed", "truncated"),
             schedule=("linear", "constant"), loss=("cispo", "ppo"), normalize=("sequence", "token"),

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import runs
 from countdown import Problem, make_problems, read_problems
+from distill import best_answer
 from engines import make_sampler, pick_sampler
 from loading import TINY, load_policy, pick_device
-from mcts import SearchConfig, best_answer, search
+from mcts import SearchConfig, search
 from policy import Policy
 from sampling import KEPT, Sampler, Trajectory, Usage, complete, stream
 

@@ -161,12 +161,14 @@ def batch_loss(
     weights = token_weights(mask, config.normalize, trajectories, tokens)  # [B, T], sums to 1 over the step
 
     logprobs, values, entropy = policy.logprobs_and_values(batch, config.temperature, config.value_gradient)  # [B, T]
-    if group[0].advantage is None:
+    if group[0].advantages is None:
         advantage = gae(reward, values.detach(), mask, config.gae_lambda)
-        value_loss = (values - (advantage + values.detach())) ** 2
-    else:  # a group method fixed it: the critic is not used and not trained
-        fixed = torch.tensor([t.advantage for t in group], device=policy.device)
-        advantage, value_loss = fixed[:, None] * mask, torch.zeros_like(values)
+        target = advantage + values.detach()
+    else:  # a group method fixed them, and trains no critic
+        advantage, target = right_align([t.advantages for t in group], width, policy.device), values.detach()
+    if group[0].returns is not None:  # a tree knows better
+        target = right_align([t.returns for t in group], width, policy.device)
+    value_loss = (values - target) ** 2
     if config.loss == "cispo":
         policy_loss = cispo_loss(logprobs, old, advantage, config.clip_high)
     else:

@@ -354,32 +354,3 @@ def visit(selected: list[tuple[Tree, Node]], sampler, critic, grade, config: Sea
         backup(node, node.value)
         tree.simulations += 1
     return usage
-
-
-# ------------------------------------------------------------------------------------------------ the search's choice
-
-
-def best_path(tree: Tree, config: SearchConfig) -> Node | None:
-    """The post's choice: follow the most-visited child (ties: the higher Q), here only into subtrees with a graded
-    answer, so that the path never ends before one. With Gumbel, the first step is the one that sequential halving
-    kept. None if the tree has no answer."""
-    answered = {id(above) for node in tree.answers() for above in node.path()}
-    if id(tree.root) not in answered:
-        return None
-    node = tree.root
-    while node.children:
-        children = [child for child in node.children if id(child) in answered]
-        best = max(children, key=lambda child: (child.visits, child.q))
-        if config.selection == "gumbel" and node.parent is None:
-            scores = dict(zip(map(id, node.children), gumbel_scores(node, config), strict=True))
-            best = max(children, key=lambda child: (child.visits, scores[id(child)]))
-        node = best
-    return node
-
-
-def best_answer(tree: Tree, config: SearchConfig) -> Node | None:
-    """The graded answer with the highest reward (ties: the more visits); None if the tree has no answer."""
-    return max(tree.answers(), key=lambda node: (node.reward.value, node.visits), default=None)
-
-
-CHOICES = {"best-path": best_path, "best-answer": best_answer}

@@ -23,11 +23,12 @@ import memory
 import runs
 from config import Config, parse
 from countdown import Problem, make_splits
+from distill import LESSONS
 from engines import make_sampler, pick_sampler
 from evaluate import Score, evaluate
 from learner import make_optimizer, update
 from loading import load_policy, pick_device
-from mcts import CHOICES, search
+from mcts import search
 from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
 
@@ -37,7 +38,7 @@ Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 
 
 def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-    """One tree a problem; the trainer gets the tree's choice, right or wrong."""
+    """One tree a problem; the trainer gets what `config.distill` makes of it."""
     seeds = rng.integers(2**63, size=len(problems)).tolist()
     prompts = [policy.encode(problem) for problem in problems]
 
@@ -46,19 +47,20 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
 
     settings = config.search_config
     trees, usage = search(problems, prompts, sampler, sampler.values, grade, settings, seeds)
-    chosen = [(tree, CHOICES[config.distill](tree, settings)) for tree in trees]
     trajectories = [
         Trajectory(
             tree.problem,
             tree.prompt,
-            node.completion(),
-            [logprob for above in node.path() for logprob in above.logprobs],
-            node.reward,
+            lesson.answer.completion(),
+            [logprob for node in lesson.answer.path() for logprob in node.logprobs],
+            lesson.answer.reward,
             policy.version,
             config.distill,
+            lesson.advantages,
+            lesson.returns,
         )
-        for tree, node in chosen
-        if node is not None
+        for tree in trees
+        for lesson in LESSONS[config.distill](tree, settings)
     ]
     statistics = [tree.statistics() for tree in trees]
     info = {f"tree_{key}": float(np.mean([row[key] for row in statistics])) for key in statistics[0]}

@@ -57,8 +57,9 @@ class Trajectory:
     reward: Reward
     version: int  # of the policy that sampled it
     source: str  # the method that made it
+    advantages: list[float] | None = None  # a token, if the method fixes them; otherwise the critic's R - V(s_t)
+    returns: list[float] | None = None  # a token, the critic's target; otherwise R, or none if advantages are fixed
     trainer_logprobs: list[float] | None = None  # of the trainer before the update, where it recomputes them
-    advantage: float | None = None  # fixed by group methods; otherwise the critic's R - V(s_t)
 
 
 class Sampler(Protocol):

@@ -24,24 +24,28 @@ import runs
 
 PROGRAMS = {
     "mcts": "ppo.py --search mcts",
-    "none": "ppo.py --search none",
     "best-of-n": "baselines.py --method best-of-n",
+    "mcts-answers": "ppo.py --search mcts --distill answers",
+    "mcts-steps": "ppo.py --search mcts --distill steps",
     "cispo": "baselines.py --method cispo",
+    "none": "ppo.py --search none",
     "grpo": "baselines.py --method grpo",
 }
+TREES = ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32")
 # each method's main knob: how it spends its tokens
 KNOBS = {
-    "mcts": ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32"),
-    "none": ("--problems 64", "--problems 256"),
+    "mcts": TREES,
     "best-of-n": ("--samples 8", "--samples 32"),
+    "mcts-answers": TREES,
+    "mcts-steps": TREES,
     "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-    "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-}
+    "none": ("--problems 64", "--problems 256"),
+}  # GRPO takes CISPO's settings: with one inner step the ratio is 1 and their gradients are the same
 RATES = ("1e-4", "3e-4", "1e-3")
-TUNE = "--tokens 500000 --evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
-# of all six settings of a method, the one with the highest validation mean@16 (LOG.md)
+TUNE = "--tokens 300000 --evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
+# of a method's six settings, the one with the highest validation mean@16 (LOG.md)
 CHOSEN: dict[str, str] = {}
-COMPARE = "--tokens 1500000 --evaluations 10 --no-test-before"
+COMPARE = "--tokens 1000000 --evaluations 10 --no-test-before"
 
 
 @dataclass
@@ -65,11 +69,10 @@ class StudyConfig:
 
 def tune(config: StudyConfig) -> Iterator[tuple[str, str]]:
     """A name and a command line for each setting tried."""
-    for rate in RATES:
-        for number in (0, 1):
-            for method in config.methods:
-                name = f"{method}-lr{rate}-knob{number}"
-                yield name, f"{PROGRAMS[method]} --learning-rate {rate} {KNOBS[method][number]} {TUNE}"
+    for method in filter(KNOBS.get, config.methods):
+        for rate in RATES:
+            for number, knob in enumerate(KNOBS[method]):
+                yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} --learning-rate {rate} {knob} {TUNE}"
 
 
 def compare(config: StudyConfig) -> Iterator[tuple[str, str]]:

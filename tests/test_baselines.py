@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import baselines
-from baselines import collect_best_of_n, collect_groups, group_advantages
+from baselines import collect_best_of_n, collect_groups
+from distill import group_advantages
 
 REWARDS = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16)
 
@@ -57,7 +58,7 @@ def test_best_of_n_keeps_the_best_sample_and_pays_for_all(policy, answers, probl
     best, usage, info = collect_best_of_n(policy, answers, problems, config, np.random.default_rng(0))
     assert [t.problem for t in best] == problems
     assert [t.reward.value for t in best] == [1.0, -0.9, -0.9, -0.9]
-    assert {t.advantage for t in best} == {None} and {t.source for t in best} == {"best-of-n"}
+    assert {t.advantages for t in best} == {None} and {t.source for t in best} == {"best-of-n"}
     assert info == {"solved": 0.25}
     rows, _ = baselines.sample_rows(policy, answers, problems, 12, config, np.random.default_rng(0))
     assert usage.generated == sum(len(t.completion) for row in rows for t in row)
@@ -71,7 +72,8 @@ def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, a
     assert [t.problem for t in found] == [problems[0]] * 13
     rewards = [t.reward.value for t in found]
     assert sorted(set(rewards)) == pytest.approx([-1.0, 0.2, 1.0])
-    assert [t.advantage for t in found] == pytest.approx(group_advantages(rewards).tolist())
+    assert [t.advantages[-1] for t in found] == pytest.approx(group_advantages(rewards).tolist())
+    assert all(t.advantages == t.advantages[-1:] * len(t.completion) for t in found)
     assert info == {"sample_reward": pytest.approx((sum(rewards) - 0.9 * 39) / 52), "solved": 0.25}
     assert usage.prefilled == sum(len(policy.encode(p)) for p in problems)
 

@@ -175,12 +175,12 @@ def test_the_loss_is_the_documented_one_token_by_token(moved, problems, loss, no
     tokens, expected, ratios = sum(len(t.completion) for t in items), 0.0, 0.0
     for i, t in enumerate(items):
         t.logprobs = [x + rng.normal() for x in t.logprobs]  # as if older weights had sampled it
-        t.advantage = i - 3.0 if fixed else None
+        t.advantages = [i - 3.0 + j for j in range(len(t.completion))] if fixed else None
         batch = moved.batch([t.prompt], [t.completion])
         now, values, _ = (x[0].tolist() for x in moved.logprobs_and_values(batch, config.temperature))
         reference = moved.reference_logprobs(batch, config.temperature)[0].tolist()
-        for logp, old, ref, value in zip(now, t.logprobs, reference, values, strict=True):
-            ratio, advantage = math.exp(logp - old), t.advantage if fixed else t.reward.value - value
+        for j, (logp, old, ref, value) in enumerate(zip(now, t.logprobs, reference, values, strict=True)):
+            ratio, advantage = math.exp(logp - old), t.advantages[j] if fixed else t.reward.value - value
             if loss == "cispo":
                 part = -min(ratio, 5.0) * advantage * logp
             else:
@@ -235,7 +235,7 @@ def test_group_methods_leave_the_critic_alone(moved, problems):
     """Prevents a value loss on rewards whose advantage is fixed, and compute that is not the method's."""
     items, config = trajectories(moved, problems), Config()
     for t in items:
-        t.advantage = t.reward.value
+        t.advantages = [t.reward.value] * len(t.completion)
     before = trained(moved)
     means = update(moved, optimizer_of(moved, config), items, config)
     moves = {name: not torch.equal(before[name], p) for name, p in moved.named_parameters() if name in before}

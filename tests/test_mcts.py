@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import mcts
 from countdown import Problem, Reward, legal_moves, reachable, solvable
+from distill import LESSONS, best_answer, best_path
 from mcts import Node, SearchConfig, Tree
 from sampling import Sample, Usage
 
@@ -264,7 +265,7 @@ def test_sequential_halving_keeps_the_best(world, seed):
     for turn in [count for count in range(2, 12) for _ in range(2)]:
         visits[best(turn)] += 1
     assert [child.visits for child in children] == visits.tolist()
-    assert mcts.best_path(tree, config) is children[best(12)]
+    assert best_path(tree, config) is children[best(12)]
 
 
 @pytest.mark.parametrize("gumbel, kept", [(4.0, 1), (2.0, 0)])
@@ -277,8 +278,8 @@ def test_gumbel_choice_by_hand(gumbel, kept):
         node(1, 0.9, prior=0.2, reward=0.9),
     ]
     tree = tree_of(node(8, 0.1, children, value=0.0))
-    assert mcts.best_path(tree, SearchConfig(selection="gumbel")) is children[kept]
-    assert mcts.best_path(tree, SearchConfig()) is children[0]
+    assert best_path(tree, SearchConfig(selection="gumbel")) is children[kept]
+    assert best_path(tree, SearchConfig()) is children[0]
 
 
 # ------------------------------------------------------------------------------------------------ expand
@@ -354,7 +355,7 @@ def test_golden_tree(world):
     }
     assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
     assert (usage.generated, usage.prefilled, usage.valued) == (3 * 64, 1 + 2 + 2, 1 + 2 + 2)
-    assert mcts.best_path(tree, config).completion() == mcts.best_answer(tree, config).completion() == [a, d]
+    assert best_path(tree, config).completion() == best_answer(tree, config).completion() == [a, d]
     assert tree.statistics() == dict(
         visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
     )
@@ -496,7 +497,7 @@ def test_oracle_finds_every_solution(world, problem, seed):
     levels = 1 + 18 + 6  # the root, at most 3 pairs in 6 ways, at most 1 pair in 6 ways
     config = SearchConfig(simulations=levels, children=400, workers=1, c_puct=0.0)
     ((tree,), _) = game.search(config, seed=seed)
-    answer = mcts.best_answer(tree, config)
+    answer = best_answer(tree, config)
     found = answer is not None and answer.reward.correct
     assert found == tree.statistics()["solved"] == solvable(problem.numbers, problem.target)
 
@@ -548,7 +549,7 @@ def test_root_without_a_step(world, budget):
     ((tree,), usage) = game.search(config)
     assert (tree.root.visits, tree.root.q, tree.root.ended, usage.generated) == (6, -1.0, True, 0)
     assert (len(game.sampled), game.graded) == (1, [(100,)])
-    assert mcts.best_path(tree, config) is mcts.best_answer(tree, config) is tree.root
+    assert best_path(tree, config) is best_answer(tree, config) is tree.root
 
 
 def test_dead_end_below_the_root(world):
@@ -613,15 +614,15 @@ def test_best_path_ends_in_an_answer():
     worse, better = node(2, -0.2, reward=-0.2), node(2, 0.4, reward=0.4)
     open_end, low, high = node(5, 0.9, [node(4, 0.9)]), node(3, 0.0, reward=0.0), node(3, 0.1, [worse, better])
     tree = tree_of(node(12, 0.2, [open_end, low, high]))
-    assert mcts.best_path(tree, SearchConfig()) is better
+    assert best_path(tree, SearchConfig()) is better
 
 
 def test_best_answer_is_the_maximum():
     """The most-visited answer instead of the best; ties go to the more visited one."""
     rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
     tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
-    assert mcts.best_answer(tree, SearchConfig()) is often
-    assert mcts.best_path(tree, SearchConfig()) is best
+    assert best_answer(tree, SearchConfig()) is often
+    assert best_path(tree, SearchConfig()) is best
 
 
 @pytest.mark.parametrize("selection", mcts.SELECTIONS)
@@ -630,7 +631,7 @@ def test_no_answer(world, selection):
     config = SearchConfig(simulations=9, selection=selection)
     ((tree,), _) = world(endless).search(config)
     assert tree.answers() == [] and tree.statistics()["solved"] == 0
-    assert [choose(tree, config) for choose in mcts.CHOICES.values()] == [None, None]
+    assert [learn(tree, config) for learn in LESSONS.values()] == [[]] * 6
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, ti
     assert [t.problem for t in found] == problems and {t.source for t in found} == {distill}
     for t in found:
         assert t.prompt == moved.encode(t.problem) and t.reward == moved.grade(t.problem, t.completion)
-        assert (t.version, t.advantage) == (5, None)
+        assert (t.version, t.advantages) == (5, None)
         assert len(t.completion) == 8 or t.completion[-1] in moved.stop_ids
         logprobs = moved.logprobs_and_values(moved.batch([t.prompt], [t.completion]), 0.7)[0][0].detach()
         assert_close(torch.tensor(t.logprobs), logprobs, atol=1e-4, rtol=0)

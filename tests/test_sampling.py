@@ -295,5 +295,5 @@ def test_completions_are_graded_with_their_own_problem(policy, fake_sampler, pro
     for problem, row in zip(problems, rows):
         for t in row:
             assert (t.problem, t.prompt, t.completion) == (problem, policy.encode(problem), right)
-            assert (t.version, t.source, t.advantage, len(t.logprobs)) == (7, "best-of-n", None, len(right))
+            assert (t.version, t.source, t.advantages, len(t.logprobs)) == (7, "best-of-n", None, len(right))
     assert usage.generated == 8 * len(right)

@@ -1,0 +1,113 @@
+"""What a searched tree teaches: the trajectories that --distill hands to the trainer.
+
+    best-path      the path of most visits, right or wrong, advantage R - V (the post)
+    best-answer    the answer with the highest reward, advantage R - V
+    best-path-q    the most-visited path; the critic learns the tree's values Q instead of R
+    answers        every answer of the tree, advantage (R - mean) / std over them: the tree as a GRPO group
+    steps          every answer, each step's tokens with advantage Q(child) - Q(parent)
+    visits         every answer, each step's tokens with advantage pi(child) - mu(child): from the shares mu of the
+                   siblings' samples towards the shares pi of their visits, AlphaZero's target
+
+The last three train the critic on the tree's values too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from mcts import Node, SearchConfig, Tree, gumbel_scores
+
+
+@dataclass
+class Lesson:
+    """An answer of a tree, and what is to be learnt from its tokens."""
+
+    answer: Node
+    advantages: list[float] | None = None  # a token; None: the critic's R - V
+    returns: list[float] | None = None  # a token: what the critic should say of the state before it; None: R
+
+
+def best_path(tree: Tree, config: SearchConfig) -> Node | None:
+    """The post's choice: follow the most-visited child (ties: the higher Q), here only into subtrees with a graded
+    answer, so that the path never ends before one. With Gumbel, the first step is the one that sequential halving
+    kept. None if the tree has no answer."""
+    answered = {id(above) for node in tree.answers() for above in node.path()}
+    if id(tree.root) not in answered:
+        return None
+    node = tree.root
+    while node.children:
+        children = [child for child in node.children if id(child) in answered]
+        best = max(children, key=lambda child: (child.visits, child.q))
+        if config.selection == "gumbel" and node.parent is None:
+            scores = dict(zip(map(id, node.children), gumbel_scores(node, config), strict=True))
+            best = max(children, key=lambda child: (child.visits, scores[id(child)]))
+        node = best
+    return node
+
+
+def best_answer(tree: Tree, config: SearchConfig) -> Node | None:
+    """The graded answer with the highest reward (ties: the more visits); None if the tree has no answer."""
+    return max(tree.answers(), key=lambda node: (node.reward.value, node.visits), default=None)
+
+
+def by_token(answer: Node, of: Callable[[Node, Node], float]) -> list[float]:
+    """of(parent, child) for each token of the steps that lead to an answer."""
+    return [of(parent, child) for parent, child in pairwise(answer.path()) for _ in child.tokens]
+
+
+def tree_values(answer: Node) -> list[float]:
+    """Q of the state that each token of the way to an answer follows; inside a step, Q of the step."""
+    return [q for parent, child in pairwise(answer.path()) for q in [parent.q, *[child.q] * (len(child.tokens) - 1)]]
+
+
+def group_advantages(rewards: list[float]) -> np.ndarray:
+    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL)."""
+    values = np.asarray(rewards)
+    return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+
+
+def answers(tree: Tree, config: SearchConfig) -> list[Lesson]:
+    """None where all rewards are equal: they teach nothing."""
+    found = tree.answers()
+    rewards = [node.reward.value for node in found]
+    if len(set(rewards)) < 2:
+        return []
+    pairs = zip(found, group_advantages(rewards).tolist())
+    return [Lesson(node, [a] * node.length, tree_values(node)) for node, a in pairs]
+
+
+def steps(tree: Tree, config: SearchConfig) -> list[Lesson]:
+    def advantage(parent: Node, child: Node) -> float:
+        return child.q - parent.q
+
+    return [Lesson(node, by_token(node, advantage), tree_values(node)) for node in tree.answers()]
+
+
+def visits(tree: Tree, config: SearchConfig) -> list[Lesson]:
+    def advantage(parent: Node, child: Node) -> float:
+        visited, drawn = (sum(getattr(c, what) for c in parent.children) for what in ("visits", "count"))
+        return child.visits / visited - child.count / drawn
+
+    return [Lesson(node, by_token(node, advantage), tree_values(node)) for node in tree.answers()]
+
+
+def alone(choose: Callable[[Tree, SearchConfig], Node | None], q: bool = False):
+    """The one answer that `choose` picks; its critic's targets are the tree's values if `q`."""
+
+    def lessons(tree: Tree, config: SearchConfig) -> list[Lesson]:
+        node = choose(tree, config)
+        return [] if node is None else [Lesson(node, returns=tree_values(node) if q else None)]
+
+    return lessons
+
+
+LESSONS: dict[str, Callable[[Tree, SearchConfig], list[Lesson]]] = {
+    "best-path": alone(best_path),
+    "best-answer": alone(best_answer),
+    "best-path-q": alone(best_path, q=True),
+    "answers": answers,
+    "steps": steps,
+    "visits": visits,
+}
