@@ -46,6 +46,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
+    dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
@@ -106,7 +107,7 @@ class Config:
             problems=1, samples=1, max_tokens=1, inner_steps=1, train_problems=1, test_problems=1, test_samples=1,
             eval_problems=1, eval_samples=1, micro_batch_tokens=1, tokens=0, steps=0, lora_rank=0, warmup=0,
             evaluations=0, kl_coefficient=0, value_coefficient=0, learning_rate=0, value_learning_rate=0, seed=0,
-            gpu_memory=0,
+            gpu_memory=0, dump_trees=0,
         )  # fmt: skip
         for name, least in at_least.items():
             if not getattr(self, name) >= least:

@@ -2,6 +2,7 @@
 
 python plots.py curves results/* --out results/curves.png    # validation mean@k against generated tokens
 python plots.py table results/*                              # the README's table, from the same folders
+python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
 
 import json
@@ -14,6 +15,7 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 
+import explorer
 import runs
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
@@ -74,15 +76,16 @@ def results_table(folders: list[Path]) -> str:
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table
-    folders: tyro.conf.Positional[list[Path]]
+    what: tyro.conf.Positional[str]  # curves, table, tree
+    folders: tyro.conf.Positional[list[Path]]  # runs; for tree: files from --dump-trees
     out: Path = Path("curves.png")
     x: str = "generated"  # generated, seconds
 
     def __post_init__(self):
-        self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
-        if self.what not in ("curves", "table"):
-            raise ValueError(f"the first word must be curves or table, not {self.what!r}")
+        if self.what not in ("curves", "table", "tree"):
+            raise ValueError(f"the first word must be curves, table or tree, not {self.what!r}")
+        if self.what != "tree":
+            self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         if self.x not in ("generated", "seconds"):
@@ -91,6 +94,11 @@ class PlotConfig:
 
 def main() -> None:
     config = runs.read_config(PlotConfig)
+    if config.what == "tree":
+        for file in config.folders:
+            runs.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))
+            print(page)
+        return
     if config.what == "table":
         print(results_table(config.folders))
         return

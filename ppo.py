@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import explorer
 import memory
 import runs
 from config import Config, parse
@@ -62,6 +63,9 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
         for tree in trees
         for lesson in LESSONS[config.distill](tree, settings)
     ]
+    if config.dump_trees:
+        file = config.folder / "trees" / f"{policy.version:06d}.json"
+        explorer.dump(trees[: config.dump_trees], policy, settings, file)
     statistics = [tree.statistics() for tree in trees]
     info = {f"tree_{key}": float(np.mean([row[key] for row in statistics])) for key in statistics[0]}
     return trajectories, usage, info

@@ -606,23 +606,7 @@ def test_token_budget(world, seed, budget, workers):
     assert sum(game.generated[:-1]) < budget < tree.generated + tree.generated / tree.expansions
 
 
-# ------------------------------------------------------------------------------------------------ the search's choice
-
-
-def test_best_path_ends_in_an_answer():
-    """A path to a most-visited child that never ends (the post's), ties broken by order instead of Q."""
-    worse, better = node(2, -0.2, reward=-0.2), node(2, 0.4, reward=0.4)
-    open_end, low, high = node(5, 0.9, [node(4, 0.9)]), node(3, 0.0, reward=0.0), node(3, 0.1, [worse, better])
-    tree = tree_of(node(12, 0.2, [open_end, low, high]))
-    assert best_path(tree, SearchConfig()) is better
-
-
-def test_best_answer_is_the_maximum():
-    """The most-visited answer instead of the best; ties go to the more visited one."""
-    rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
-    tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
-    assert best_answer(tree, SearchConfig()) is often
-    assert best_path(tree, SearchConfig()) is best
+# ------------------------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize("selection", mcts.SELECTIONS)
@@ -631,7 +615,7 @@ def test_no_answer(world, selection):
     config = SearchConfig(simulations=9, selection=selection)
     ((tree,), _) = world(endless).search(config)
     assert tree.answers() == [] and tree.statistics()["solved"] == 0
-    assert [learn(tree, config) for learn in LESSONS.values()] == [[]] * 6
+    assert [teach(tree, config) for teach in LESSONS.values()] == [[]] * len(LESSONS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""Tests of distill.py on trees made by hand: which answers are taught, with which advantages and returns a token."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_mcts import node, tree_of
+from torch.testing import assert_close
+
+from config import Config
+from countdown import Problem, Reward
+from distill import LESSONS, best_answer, best_path, group_advantages, tree_values
+from learner import batch_loss
+from mcts import SearchConfig
+from sampling import Trajectory
+
+# ------------------------------------------------------------------------------------------------ one answer
+
+
+def test_best_path_ends_in_an_answer():
+    """A path to a most-visited child that never ends (the post's), ties broken by order instead of Q."""
+    worse, better = node(2, -0.2, reward=-0.2), node(2, 0.4, reward=0.4)
+    open_end, low, high = node(5, 0.9, [node(4, 0.9)]), node(3, 0.0, reward=0.0), node(3, 0.1, [worse, better])
+    tree = tree_of(node(12, 0.2, [open_end, low, high]))
+    assert best_path(tree, SearchConfig()) is better
+
+
+def test_best_answer_is_the_maximum():
+    """The most-visited answer instead of the best; ties go to the more visited one."""
+    rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
+    tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
+    assert best_answer(tree, SearchConfig()) is often
+    assert best_path(tree, SearchConfig()) is best
+
+
+# ------------------------------------------------------------------------------------------------ all answers
+
+
+@pytest.fixture
+def tree():
+    """root (8 visits, Q 0.25) -> a (6, 0.5; 3) -> right (3, 1.0), wrong (2, -0.5), open; -> late (2, -0.5; 1)."""
+    right = node(3, 1.0, reward=1.0, tokens=[5, 6], length=5, count=1)
+    wrong = node(2, -0.5, reward=-0.5, tokens=[7], length=4, count=2)
+    a = node(6, 0.5, [right, wrong, node(1, 0.0, tokens=[9], length=4, count=1)], tokens=[1, 2, 3], length=3, count=3)
+    late = node(2, -0.5, reward=-0.5, tokens=[4], length=1, count=1)
+    return tree_of(node(8, 0.25, [a, late]))
+
+
+def lessons(tree, name):
+    """(completion, advantages, returns) of each lesson, the shortest completion first."""
+    found = LESSONS[name](tree, SearchConfig())
+    return sorted(((x.answer.completion(), x.advantages, x.returns) for x in found), key=lambda x: len(x[0]))
+
+
+LATE, WRONG, RIGHT = [4], [1, 2, 3, 7], [1, 2, 3, 5, 6]
+RETURNS = [[0.25], [0.25, 0.5, 0.5, 0.5], [0.25, 0.5, 0.5, 0.5, 1.0]]
+
+
+def test_returns_are_the_values_of_the_states_before_each_token(tree):
+    """Prevents a critic trained on the value after a token, where the search asks for that of a state's end."""
+    assert [tree_values(answer) for answer in sorted(tree.answers(), key=lambda n: n.length)] == RETURNS
+
+
+def test_steps_are_judged_by_what_they_change(tree):
+    """Prevents tokens judged by a neighbour's step, or by the outcome: Q(child) - Q(parent), by hand."""
+    assert lessons(tree, "steps") == [
+        (LATE, [-0.75], RETURNS[0]),
+        (WRONG, [0.25, 0.25, 0.25, -1.0], RETURNS[1]),
+        (RIGHT, [0.25, 0.25, 0.25, 0.5, 0.5], RETURNS[2]),
+    ]
+
+
+def test_visits_pull_from_the_samples_shares_to_the_visits(tree):
+    """Prevents steps rewarded for having been sampled often. At the root 6/8 - 3/4 and 2/8 - 1/4, below 3/6 - 1/4 and
+    2/6 - 2/4."""
+    (_, late, _), (_, wrong, _), (_, right, returns) = lessons(tree, "visits")
+    assert late == [0.0] and right == [0.0, 0.0, 0.0, 0.25, 0.25] and returns == RETURNS[2]
+    assert wrong == pytest.approx([0.0, 0.0, 0.0, -1 / 6])
+
+
+def test_answers_are_a_group(tree):
+    """Prevents advantages across trees, and noise for trees whose answers are all alike."""
+    expected = group_advantages([-0.5, -0.5, 1.0])
+    found = lessons(tree, "answers")
+    assert [completion for completion, _, _ in found] == [LATE, WRONG, RIGHT]
+    for (completion, advantages, returns), advantage, target in zip(found, expected, RETURNS):
+        assert advantages == pytest.approx([advantage] * len(completion)) and returns == target
+    for answer in tree.answers():
+        answer.reward = Reward(-0.5, False, True, "")
+    assert lessons(tree, "answers") == []
+
+
+def test_one_answer_is_taught_with_the_critics_advantage(tree):
+    """Prevents the post's method with another advantage or target than R - V and R."""
+    assert lessons(tree, "best-path") == lessons(tree, "best-answer") == [(RIGHT, None, None)]
+    assert lessons(tree, "best-path-q") == [(RIGHT, None, RETURNS[2])]
+
+
+# ------------------------------------------------------------------------------------------------ in the loss
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_the_critic_learns_the_returns_that_it_is_given(moved, fixed):
+    """Prevents tree values that never reach the critic, or reach the wrong token."""
+    returns, rng = [[0.5, -0.25, 1.0], [0.75]], np.random.default_rng(0)
+    right, made = Reward(1.0, True, True, ""), []
+    for r in returns:
+        tokens, advantages = rng.integers(2, 99, len(r)).tolist(), [2.0] * len(r) if fixed else None
+        made.append(Trajectory(Problem((1, 2), 3), [7, 8], tokens, [-1.0] * len(r), right, 0, "steps", advantages, r))
+    config = replace(Config(), normalize="token")
+    values = [moved.logprobs_and_values(moved.batch([t.prompt], [t.completion]))[1][0].detach() for t in made]
+    expected = sum(((v - torch.tensor(r)) ** 2).sum() for v, r in zip(values, returns)) / 4
+    _, means, _ = batch_loss(moved, made, config, 2, 4)
+    assert_close(means["value_loss"], expected)
