@@ -62,6 +62,7 @@ class Score:
     reward: float  # mean dense reward in [-1, 1]
     parsed: float  # share of completions that keep the format and the number rule
     usage: Usage
+    right: list[int]  # samples of each problem that are right
 
     @classmethod
     def of(cls, rewards: list[list], usage: Usage) -> "Score":
@@ -79,6 +80,7 @@ class Score:
             float(np.mean([r.value for r in flat])),
             float(np.mean([r.parsed for r in flat])),
             usage,
+            [sum(r.correct for r in row) for row in rewards],
         )
 
     def line(self) -> str:

@@ -6,6 +6,7 @@ python plots.py tree RUN/trees/000000.json                   # searched trees as
 """
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,38 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return figure
+
+
+REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}  # as in assets/explorer.html
+
+
+def draw_tree(tree: dict):
+    """A searched tree (`explorer.tree_to_dict`), coloured by whether the target is in reach; the best path is thick.
+    Returns the matplotlib figure."""
+    places, rows = [], iter(range(10**6))
+
+    def place(node: dict, depth: int) -> float:
+        below = [place(child, depth + 1) for child in node["children"]]
+        y = (below[0] + below[-1]) / 2 if below else next(rows)
+        places.append((node, depth, y, [(child["best"], row) for child, row in zip(node["children"], below)]))
+        return y
+
+    place(tree["root"], 0)
+    depth = max(column for _, column, _, _ in places)
+    figure, axes = plt.subplots(figsize=(3 * (depth + 1), 0.5 * next(rows) + 0.4), layout="constrained")
+    for node, x, y, below in places:
+        for best, row in below:
+            axes.plot(
+                [x, x + 1], [y, row], color="#0b6e4f" if best else "#bbbbbb", linewidth=3 if best else 1, zorder=0
+            )
+        text = re.sub("</?(step|answer)>", "", node["text"]).strip() or tree["problem"]
+        label = f"{text[:28]}\nN {node['visits']}  Q {node['q']:+.2f}"
+        box = dict(boxstyle="round", facecolor=REACH[node["solvable"]], edgecolor="#888888")
+        axes.text(x, y, label.replace("$", r"\$"), ha="center", va="center", fontsize=7, bbox=box)
+    axes.set_xlim(-0.5, depth + 0.5)
+    axes.invert_yaxis()
+    axes.axis("off")
     return figure
 
 
