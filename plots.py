@@ -1,7 +1,8 @@
 """Figures from run folders, for the README and the notebooks.
 
 python plots.py curves results/* --out results/curves.png    # validation mean@k against generated tokens
-python plots.py table results/*                              # the README's table, from the same folders
+python plots.py table results/*                              # their scores, a row a run
+python plots.py summary results/compare/*                    # the README's table, a row a method
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
 
@@ -20,6 +21,8 @@ import explorer
 import runs
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
+COLORS |= {"mcts, answers": "#e9a03b", "mcts, steps": "#c33c8e", "mcts, visits": "#46b0a4"}
+DRAWS = 2_000  # of the bootstrap
 
 
 def load(folder: Path) -> tuple[dict, list[dict]]:
@@ -27,23 +30,30 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
     return json.loads((folder / "config.json").read_text()), runs.read_metrics(folder)
 
 
-def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean"):
+def method(config: dict) -> str:
+    """A run's method, with what it distils where that isn't the post's choice."""
+    distill = config.get("distill", "best-path")
+    return config["search"] + (f", {distill}" if config["search"] == "mcts" and distill != "best-path" else "")
+
+
+def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
     """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
     thin line for each seed. Returns the matplotlib figure."""
     curves = defaultdict(list)
     for folder in folders:
         config, rows = load(folder)
         rows = [row for row in rows if key in row]
-        curves[config["search"]].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, seeds in curves.items():
-        color = COLORS.get(method)
+        curves[method(config)].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, seeds in curves.items():
+        color = COLORS.get(name)
         for xs, ys in seeds:
             axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
         end = min(max(xs) for xs, _ in seeds)
         grid = np.linspace(max(min(xs) for xs, _ in seeds), end, 50)
         mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
-        label = f"{method} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         axes.plot(grid, mean, color=color, linewidth=2.2, label=label)
     axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -51,7 +61,41 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return figure
+    return axes.figure
+
+
+def pooled(right: np.ndarray, samples: int) -> dict[str, tuple[float, float, float]]:
+    """mean@k and pass@k of a method with 95 % intervals, from `right` [seeds, problems], how many of `samples` = k are
+    right. Each of the bootstrap's draws takes seeds and, the same ones for all of them, problems with replacement."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, scores in {"mean": right / samples, "pass": right > 0}.items():
+        seeds = rng.integers(len(right), size=(DRAWS, len(right)))
+        problems = rng.integers(right.shape[1], size=(DRAWS, right.shape[1]))
+        draws = [scores[s].mean(0)[p].mean() for s, p in zip(seeds, problems)]
+        found[name] = float(scores.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+    return found
+
+
+def summary_table(folders: list[Path]) -> str:
+    """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, and cost."""
+    runs_of = defaultdict(list)
+    for folder in folders:
+        config, rows = load(folder)
+        runs_of[method(config)].append((config, rows[-1]))
+    lines = ["| method | seeds | mean@16 | pass@16 | format | tokens | steps | training |", "|" + "---|" * 8]
+    for name, found in runs_of.items():
+        ends = [row for _, row in found]
+        scores = pooled(np.array([row["test_right"] for row in ends]), ends[0]["test_samples"])
+        mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*scores[key]) for key in ("mean", "pass"))
+        tokens, steps, seconds, parsed = (
+            np.mean([row[key] for row in ends]) for key in ("generated", "step", "seconds", "test_parsed")
+        )
+        lines.append(
+            f"| {name} | {len(found)} | **{mean}** | {passed} | {parsed:.0%} "
+            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {seconds / 60:.1f} min |"
+        )
+    return "\n".join(lines)
 
 
 REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}  # as in assets/explorer.html
@@ -98,7 +142,7 @@ def results_table(folders: list[Path]) -> str:
             for row in (before, after)
         ]
         lines.append(
-            f"| {config['search']} | {config['seed']} | {means[0]} | **{means[1]}** "
+            f"| {method(config)} | {config['seed']} | {means[0]} | **{means[1]}** "
             f"| {before['test_pass_at_k']:.1%} → {after['test_pass_at_k']:.1%} "
             f"| {after['generated'] / 1e6:.2f} M | {after['step']} | {after['seconds'] / 60:.1f} min |"
         )
@@ -109,14 +153,14 @@ def results_table(folders: list[Path]) -> str:
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table, tree
+    what: tyro.conf.Positional[str]  # curves, table, summary, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for tree: files from --dump-trees
     out: Path = Path("curves.png")
     x: str = "generated"  # generated, seconds
 
     def __post_init__(self):
-        if self.what not in ("curves", "table", "tree"):
-            raise ValueError(f"the first word must be curves, table or tree, not {self.what!r}")
+        if self.what not in ("curves", "table", "summary", "tree"):
+            raise ValueError(f"the first word must be curves, table, summary or tree, not {self.what!r}")
         if self.what != "tree":
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
@@ -134,6 +178,9 @@ def main() -> None:
         return
     if config.what == "table":
         print(results_table(config.folders))
+        return
+    if config.what == "summary":
+        print(summary_table(config.folders))
         return
     learning_curves(config.folders, config.x).savefig(config.out, dpi=150)
     print(config.out)

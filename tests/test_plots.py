@@ -1,7 +1,9 @@
 """Figures and tables from run folders."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 import plots
@@ -39,6 +41,35 @@ def test_table_takes_first_and_last_test_score(folders):
         "| mcts | 0 | 10.0% [10.0%, 10.0%] | **20.0% [20.0%, 20.0%]** | 10.0% → 20.0% | 0.00 M | 4 | 2.0 min |" == first
     )
     assert "**40.0% [40.0%, 40.0%]**" in second
+
+
+def test_intervals_pool_seeds_and_problems():
+    """Prevents intervals that take five seeds on the same problems for independent problems, or one seed for certainty:
+    where seeds agree only problems vary, where all problems are alike only seeds do."""
+    rng = np.random.default_rng(1)
+    problems = rng.integers(0, 17, 400)
+    mean, low, high = plots.pooled(np.tile(problems, (5, 1)), 16)["mean"]
+    error = (problems / 16).std() / 20
+    assert mean == pytest.approx(problems.mean() / 16)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    seeds = np.array([2, 4, 6, 8, 10])
+    mean, low, high = plots.pooled(np.tile(seeds[:, None], (1, 400)), 16)["mean"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (seeds / 16).std() / math.sqrt(5), rel=0.15)
+    assert plots.pooled(np.array([[0, 0, 3, 16]]), 16)["pass"][0] == 0.5
+
+
+def test_a_summary_has_a_row_a_method(folders):
+    """Prevents seeds of two methods, or of two targets of the search, in one row."""
+    for i, folder in enumerate(folders):
+        rows = plots.load(folder)[1]
+        rows[-1] |= {"test_right": [16 * i, 8, 0, 8], "test_samples": 16, "test_parsed": 0.5}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header, _, row = plots.summary_table(folders).splitlines()
+    assert row.startswith("| mcts | 2 | **37.5% [") and "| 62.5% [" in row and row.endswith("| 0.00 M | 4 | 2.0 min |")
+    (folders[1] / "config.json").write_text(json.dumps({"search": "mcts", "seed": 1, "distill": "steps"}))
+    assert [line.split(" | ")[:2] for line in plots.summary_table(folders).splitlines()[2:]] == [
+        ["| mcts", "1"], ["| mcts, steps", "1"]
+    ]  # fmt: skip
 
 
 def test_command_line(folders, tmp_path, monkeypatch, capsys):
