@@ -1,30 +1,31 @@
-"""Sampling, search and update against what a user would write without this kit, side by side in one run.
+"""Sampling and search beside what a user would write without this kit, measured side by side in one run.
 
-    python -m benchmarks.speed                 # prints a table of ratios, writes runs/speed.json
+    python -m benchmarks.speed                                  # prints a table of ratios, writes runs/speed.json
     python -m benchmarks.speed --rows 64 512 2048 --repeats 5
 
-Every figure is the median of `--repeats` runs of both sides, taken in turn. The floor is arithmetic: the weights' matrix
-products of the tokens that must be run, at this machine's measured rate for such products; attention, norms, sampling
-and Python come on top. A peer that isn't installed is left out with a line saying so.
+Each figure is the median of `--repeats` measurements of both sides, taken in turn after a warm-up. The floor of
+sampling is arithmetic: the products with the weights for every token that is run, at the rate that this machine
+reaches on products of that shape. Attention, norms, draws and Python come on top of it.
 """
 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 import runs
 from config import Config
 from countdown import make_problems
 from loading import TINY, load_policy
-from mcts import search
+from mcts import SearchConfig, Tree, search
 from policy import Policy, left_pad
-from ppo import collect_mcts
+from sampling import Sample, TorchSampler, Usage
+
+SIBLINGS, LENGTH = 8, 64  # completions a prompt, tokens of one at most
 
 
 @dataclass
@@ -32,7 +33,8 @@ class Bench:
     """Time the kit beside its peers on the embedded policy."""
 
     rows: tuple[int, ...] = (64, 512, 2048)  # sequences sampled together
-    problems: int = 64  # trees
+    trees: int = 64
+    peer_trees: int = 4  # the peer searches them one expansion at a time
     children: int = 4
     simulations: int = 128
     repeats: int = 3
@@ -40,62 +42,141 @@ class Bench:
     out: Path = Path("runs/speed.json")
 
 
-def compare(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Median results of two measurements, taken in turn after a warm-up of each."""
-    found = [(ours(), other()) for _ in range(repeats + 1)][1:]
-    return median(a for a, _ in found), median(b for _, b in found)
+class GenerateSampler:
+    """The peer: transformers' `generate` with its own KV cache, one call for all siblings of a prefix; `together` pads
+    all prefixes into one call, as one would for whole completions."""
 
+    def __init__(self, policy: Policy, together: bool):
+        self.policy, self.together = policy, together
 
-def products_rate(hidden: int, wide: int, rows: int) -> float:
-    """FLOP/s of the matrix products of an MLP layer with this many rows."""
-    x, up, down = torch.randn(rows, hidden), torch.randn(hidden, wide), torch.randn(wide, hidden)
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        x @ up @ down
-        times.append(time.perf_counter() - began)
-    return 4 * rows * hidden * wide / median(times)
-
-
-def steps_of(policy: Policy, rows: int) -> list[list[int]]:
-    """Prompts, 8 rows of each."""
-    return [policy.encode(problem) for problem in make_problems(rows // 8, "train")]
-
-
-def our_rate(policy: Policy, prompts: list[list[int]], seed: int) -> float:
-    """Tokens a second of TorchSampler, whole ragged completions of at most 64 tokens."""
-    _, usage = TorchSampler(policy, 4096).sample(prompts, 8, list(range(seed, seed + len(prompts))), 64)
-    return usage.generated / usage.seconds
-
-
-def generate_rate(policy: Policy, prompts: list[list[int]], seed: int) -> float:
-    """Tokens a second of transformers' `generate` on the same rows, counted up to each row's end."""
-    torch.manual_seed(seed)
-    ids, attention = left_pad([p for p in prompts for _ in range(8)], policy.tokenizer.pad_token_id)
-    began = time.perf_counter()
-    with torch.inference_mode():
-        out = policy.lm.generate(
-            input_ids=ids, attention_mask=attention, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            max_new_tokens=64, pad_token_id=policy.tokenizer.pad_token_id,
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    return float((out[:, ids.shape[1] :] != policy.tokenizer.pad_token_id).sum()) / seconds
-
-
-class PlainSampler:
-    """What one writes first: a `generate`-like loop for each expansion alone, its prefix run again every time."""
-
-    def __init__(self, policy: Policy):
-        self.policy = policy
-
-    @torch.inference_mode()
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began, rows = time.perf_counter(), []
-        one = TorchSampler(self.policy, kept=0)
-        for prefix, seed in zip(prefixes, seeds):
-            rows += one.sample([prefix], n, [seed], max_tokens, temperature, stop_at_step)[0]
+        torch.manual_seed(seeds[0] % 2**63)
+        for some in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
+            rows += self._generate(some, n, max_tokens, temperature, stop_at_step)
         generated = sum(len(s.tokens) for row in rows for s in row)
         return rows, Usage(generated, sum(map(len, prefixes)), time.perf_counter() - began)
 
+    def _generate(self, prefixes, n, max_tokens, temperature, stop_at_step) -> list[list[Sample]]:
+        pad, step = self.policy.tokenizer.pad_token_id, self.policy.tokenizer.convert_tokens_to_ids("</step>")
+        ids, attention = left_pad(prefixes, pad)
+        ends = [*self.policy.stop_ids, *([step] if stop_at_step else [])]
+        with torch.inference_mode():
+            out = self.policy.lm.generate(
+                input_ids=ids, attention_mask=attention, do_sample=True, num_return_sequences=n, top_k=0, top_p=1.0,
+                temperature=temperature, max_new_tokens=max_tokens, eos_token_id=ends, pad_token_id=pad,
+                return_dict_in_generate=True, output_scores=stop_at_step,
+            )  # fmt: skip
+        tokens = out.sequences[:, ids.shape[1] :]
+        logprobs = torch.zeros(tokens.shape)
+        if stop_at_step:  # a search needs its priors
+            logprobs = self.policy.lm.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+        samples = []
+        for row, logp in zip(tokens.tolist(), logprobs.tolist()):
+            length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            last = row[length - 1]
+            ended = "step" if last == step else "end" if last in ends else "length"
+            samples.append(Sample(row[:length], logp[:length], ended))
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
+
     def values(self, states):
         return [self.policy.values([state])[0] for state in states], Usage(valued=sum(map(len, states)))
+
+
+def in_turn(measures: list[Callable[[], float]], repeats: int) -> list[float]:
+    """The median of each measurement, taken in turn; the first round warms up."""
+    rounds = [[measure() for measure in measures] for _ in range(repeats + 1)][1:]
+    return [median(column) for column in zip(*rounds)]
+
+
+def floor(policy: Policy, rows: int) -> float:
+    """Tokens a second if only the products with the weights took time, at the rate of the MLP's two."""
+    config = policy.lm.config
+    x, up = torch.randn(rows, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        x @ up @ up.T
+        times.append(time.perf_counter() - began)
+    rate = 4 * rows * up.numel() / median(times)  # FLOP/s
+    weights = sum(
+        p.numel() for name, p in policy.lm.named_parameters() if p.dim() == 2
+    )  # a tied head once, as it is run
+    return rate / (2 * weights)
+
+
+def measure_sampling(policy: Policy, rows: int, repeats: int) -> dict:
+    """Tokens a second of whole ragged completions, and what share of the floor that is."""
+    prompts = [policy.encode(problem) for problem in make_problems(rows // SIBLINGS, "train")]
+
+    def rate(sampler) -> float:
+        _, usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+        return usage.generated / usage.seconds
+
+    samplers = TorchSampler(policy, rows), GenerateSampler(policy, together=True)
+    ours, peer = in_turn([lambda s=s: rate(s) for s in samplers], repeats)
+    return {"rows": rows, "ours": ours, "peer": peer, "ratio": ours / peer, "floor": floor(policy, rows)}
+
+
+def measure_search(policy: Policy, bench: Bench) -> dict:
+    """Simulations a second of the kit, all trees together, and of the plain loop, one expansion at a time."""
+    base = replace(Config().search_config, children=bench.children, simulations=bench.simulations)
+    spent: list[tuple[list[Tree], Usage, float]] = []
+
+    def rate(sampler, count: int, config: SearchConfig) -> float:
+        problems = make_problems(count, "train")
+        began = time.perf_counter()
+        prompts = [policy.encode(problem) for problem in problems]
+        trees, usage = search(
+            problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems)))
+        )
+        seconds = time.perf_counter() - began
+        if isinstance(sampler, TorchSampler):
+            spent.append((trees, usage, seconds))
+            sampler.rest()
+        return count * bench.simulations / seconds
+
+    ours, peer = in_turn(
+        [
+            lambda: rate(TorchSampler(policy), bench.trees, base),
+            lambda: rate(GenerateSampler(policy, together=False), bench.peer_trees, replace(base, workers=1)),
+        ],
+        bench.repeats,
+    )
+    trees, usage, seconds = spent[-1]
+    distinct = sum(len(tree.prompt) + sum(len(node.tokens) for node in tree.nodes()) for tree in trees)
+    return {
+        "ours": ours,
+        "peer": peer,
+        "ratio": ours / peer,
+        "outside_sampler": 1 - (usage.seconds + usage.critic_seconds) / seconds,
+        "run": (usage.generated + usage.prefilled + usage.valued) / distinct,
+        "prefilled": usage.prefilled / distinct,
+    }
+
+
+def main() -> None:
+    bench = runs.read_config(Bench)
+    torch.set_num_threads(bench.threads)
+    policy = load_policy(TINY, train=False)
+    print("| sampling, rows | ours, tokens/s | generate | ratio | share of the floor |\n|" + "---|" * 5)
+    sampling = []
+    for rows in bench.rows:
+        row = measure_sampling(policy, rows, bench.repeats)
+        sampling.append(row)
+        share = row["ours"] / row["floor"]
+        print(f"| {rows} | {row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {share:.0%} |", flush=True)
+    found = measure_search(policy, bench)
+    print(
+        f"search, K={bench.children}, {bench.simulations} simulations: {found['ours']:,.0f} simulations/s with "
+        f"{bench.trees} trees, the plain loop {found['peer']:,.0f}, ratio {found['ratio']:.1f}; outside the sampler "
+        f"{found['outside_sampler']:.0%}; prefilled over distinct tokens {found['prefilled']:.3f}, run in all "
+        f"{found['run']:.2f}"
+    )
+    bench.out.parent.mkdir(parents=True, exist_ok=True)
+    made = asdict(bench) | {"sampling": sampling, "search": found} | runs.provenance()
+    runs.write(bench.out, json.dumps(made, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    runs.command(main)

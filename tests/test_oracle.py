@@ -1,0 +1,53 @@
+"""Tests of oracle.py: which states a completion passes through, what is true of them, and the statistics."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+from countdown import Problem
+from loading import TINY, load_policy
+
+
+def test_states_end_where_steps_do_and_stop_at_the_first_broken_one():
+    """Prevents a critic judged on another state than the numbers say, or on states that break the rules."""
+    policy = load_policy(TINY, train=False)
+    steps = "<step> 5 * 7 = 35 left 3 9 35 </step> <step> 35 + 9 = 44 left 3 44 </step> <answer> 5 * 7 + 9 </answer>"
+    tokens = policy.tokenizer(steps)["input_ids"]
+    (one, left), (two, last) = oracle.states_of(policy, Problem((3, 5, 7, 9), 44), tokens)
+    assert (left, last) == ((3, 9, 35), (3, 44)) and two[: len(one)] == one
+    assert policy.decode(one).endswith("35 </step>") and policy.decode(two).endswith("44 </step>")
+    broken = policy.tokenizer("<step> 5 * 7 = 36 left 3 9 36 </step> <step> 36 + 9 = 45 left 3 45 </step>")["input_ids"]
+    assert oracle.states_of(policy, Problem((3, 5, 7, 9), 44), broken) == []
+
+
+def test_the_best_reward_in_reach():
+    """Prevents a truth that is only solvability: from 3 and 9, 27 is nearest to 30."""
+    assert oracle.best_reward((3, 9), 27) == 1.0
+    assert oracle.best_reward((3, 9), 30) == pytest.approx(1 - 2 * 3 / 30)
+    assert oracle.best_reward((3, 9), 1000) == pytest.approx(1 - 2 * 973 / 1000)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
+def test_area_under_the_curve_counts_pairs(rows):
+    """Prevents ties counted as wins or losses: against a count of all pairs."""
+    scores, labels = np.array([s for s, _ in rows], float), np.array([x for _, x in rows])
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
+    found = oracle.area_under_curve(scores, labels)
+    assert math.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
+
+
+def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Prevents a file without its states, and an untrained critic that seems to know something."""
+    out = tmp_path / "critic.json"
+    monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), "--problems", "10", "--samples", "4", "--out", str(out)])
+    oracle.main()
+    (row,) = json.loads(out.read_text())["critics"]
+    assert row["states"] == len(row["value"]) == len(row["in_reach"]) == len(row["best"]) > 5
+    assert set(row["value"]) == {0.0} and row["auc"] == 0.5
+    assert all((best == 1) == bool(reach) for best, reach in zip(row["best"], row["in_reach"]))
+    assert "area under the curve" in capsys.readouterr().out
