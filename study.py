@@ -1,7 +1,8 @@
 """The study: every run behind a published figure, from one table of settings.
 
-    python study.py tune             # each method's learning rate and main knob, on validation problems
-    python study.py compare          # the methods with what tuning chose, 5 seeds each, on the test problems
+    python study.py tune             # each method's main knob and learning rate, coarsely: 0.3 M tokens, validation
+    python study.py rates            # the two rates left, with the budget of the comparison: 1 M tokens, validation
+    python study.py compare          # the methods with what was chosen, on the test problems, seeds from 1 on
     python study.py compare --seeds 3 --jobs 2
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
@@ -40,19 +41,20 @@ KNOBS = {
     "mcts-steps": TREES,
     "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
     "none": ("--problems 64", "--problems 256"),
-}  # GRPO takes CISPO's settings: with one inner step the ratio is 1 and their gradients are the same
+}
+KNOBS["grpo"] = KNOBS["cispo"]
 RATES = ("3e-4", "1e-3", "3e-3")
-TUNE = "--tokens 300000 --evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
-# of a method's six settings, the one with the highest validation mean@16 (LOG.md)
+VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
+BUDGET = "--tokens 1000000"
+# of the two rates, the one with the higher validation mean@16 (LOG.md)
 CHOSEN: dict[str, str] = {}
-COMPARE = "--tokens 1000000 --evaluations 10 --no-test-before"
 
 
 @dataclass
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare
+    stage: tyro.conf.Positional[str]  # tune, rates, compare
     seeds: int = 5  # of compare
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS)
@@ -73,16 +75,27 @@ def tune(config: StudyConfig) -> Iterator[tuple[str, str]]:
         for method in filter(KNOBS.get, config.methods):
             for rate in RATES:
                 knob = KNOBS[method][number]
-                yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} --learning-rate {rate} {knob} {TUNE}"
+                yield (
+                    f"{method}-lr{rate}-knob{number}",
+                    f"{PROGRAMS[method]} --learning-rate {rate} {knob} --tokens 300000 {VALIDATE}",
+                )
+
+
+def rates(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    for method in filter(KNOBS.get, config.methods):
+        for rate in ("3e-4", "1e-3"):
+            options = f"--learning-rate {rate} {KNOBS[method][0]} {BUDGET} {VALIDATE}"
+            yield f"{method}-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
 def compare(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    for seed in range(config.seeds):
-        for method in config.methods:
-            yield f"{method}-seed{seed}", f"{PROGRAMS[method]} --seed {seed} {CHOSEN[method]} {COMPARE}"
+    for seed in range(1, config.seeds + 1):
+        for method in filter(CHOSEN.get, config.methods):
+            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][0]} {BUDGET} --evaluations 10 --no-test-before"
+            yield f"{method}-seed{seed}", f"{PROGRAMS[method]} --seed {seed} {options}"
 
 
-STAGES = {"tune": tune, "compare": compare}
+STAGES = {"tune": tune, "rates": rates, "compare": compare}
 
 
 def finished(folder: Path) -> bool:

@@ -16,7 +16,7 @@ def programs(monkeypatch, tmp_path):
     """Programs that are only recorded: each writes a finished run unless its name is in `failing`."""
     calls, failing = [], set()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "CHOSEN", {method: f"--learning-rate {i}" for i, method in enumerate(study.PROGRAMS)})
+    monkeypatch.setattr(study, "CHOSEN", dict.fromkeys(study.PROGRAMS, "1e-3"))
 
     def run(command, env, **_):
         _, program, *options = command
@@ -42,19 +42,19 @@ def start(monkeypatch, *args):
 def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monkeypatch, capsys, tmp_path):
     """Prevents hours of runs done again, a failure that stops the others, and a half run among the results."""
     calls, failing = programs
-    failing.add("cispo-seed1")
+    failing.add("cispo-seed2")
     start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
     out = capsys.readouterr().out
-    assert "cispo-seed1: failed, error: no luck" in out and out.count(": done") == 3 and len(calls) == 4
+    assert "cispo-seed2: failed, error: no luck" in out and out.count(": done") == 3 and len(calls) == 4
     assert {path.name for path in (tmp_path / "results/compare").iterdir()} == {
-        "mcts-seed0",
         "mcts-seed1",
-        "cispo-seed0",
+        "mcts-seed2",
+        "cispo-seed1",
     }
     failing.clear()
     start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
     assert capsys.readouterr().out.count("done before") == 3
-    assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed1"], calls[0][2])]
+    assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], calls[0][2])]
 
 
 def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):
@@ -69,7 +69,7 @@ def test_every_command_is_a_configuration(stage, monkeypatch):
     import baselines
     import ppo
 
-    monkeypatch.setattr(study, "CHOSEN", dict.fromkeys(study.PROGRAMS, "--learning-rate 1e-4") | study.CHOSEN)
+    monkeypatch.setattr(study, "CHOSEN", dict.fromkeys(study.PROGRAMS, "1e-4") | study.CHOSEN)
     jobs, found = list(study.STAGES[stage](StudyConfig(stage, seeds=2))), []
     assert len({name for name, _ in jobs}) == len(jobs) > 10
     monkeypatch.setattr(ppo, "train", lambda config, *_: found.append(config))
