@@ -21,6 +21,7 @@ test-vllm: .venv-vllm/installed
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed
 	$(BIN)/python study.py tune
+	$(BIN)/python study.py rates
 	$(BIN)/python study.py compare
 
 bench: .venv/installed

@@ -1,7 +1,7 @@
 """Figures from run folders, for the README and the notebooks.
 
-python plots.py curves results/* --out results/curves.png    # validation mean@k against generated tokens
-python plots.py table results/*                              # their scores, a row a run
+python plots.py curves results/compare/*                     # validation mean@k against generated tokens
+python plots.py table results/compare/*                      # their scores, a row a run (with a test before training)
 python plots.py summary results/compare/*                    # the README's table, a row a method
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
