@@ -1,7 +1,7 @@
 """Figures from run folders, for the README and the notebooks.
 
 python plots.py curves results/compare/*                     # validation mean@k against generated tokens
-python plots.py table results/compare/*                      # their scores, a row a run (with a test before training)
+python plots.py table results/compare/*                      # their scores, a row a run
 python plots.py summary results/compare/*                    # the README's table, a row a method
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
@@ -136,14 +136,16 @@ def results_table(folders: list[Path]) -> str:
     lines += ["|" + "---|" * 8]
     for folder in folders:
         config, rows = load(folder)
-        before, *_, after = [row for row in rows if "test_mean_at_k" in row]
+        tests = [row for row in rows if "test_mean_at_k" in row]
         means = [
-            "{:.1%} [{:.1%}, {:.1%}]".format(*(row[f"test_mean_{key}"] for key in ("at_k", "low", "high")))
-            for row in (before, after)
+            "{:.1%} [{:.1%}, {:.1%}]".format(*(t[f"test_mean_{k}"] for k in ("at_k", "low", "high"))) for t in tests
         ]
+        passed, after = [f"{row['test_pass_at_k']:.1%}" for row in tests], tests[-1]
+        if len(tests) == 1:  # --no-test-before
+            means, passed = ["–", *means], ["–", *passed]
         lines.append(
-            f"| {method(config)} | {config['seed']} | {means[0]} | **{means[1]}** "
-            f"| {before['test_pass_at_k']:.1%} → {after['test_pass_at_k']:.1%} "
+            f"| {method(config)} | {config['seed']} | {means[0]} | **{means[-1]}** "
+            f"| {passed[0]} → {passed[-1]} "
             f"| {after['generated'] / 1e6:.2f} M | {after['step']} | {after['seconds'] / 60:.1f} min |"
         )
     return "\n".join(lines)

@@ -41,6 +41,9 @@ def test_table_takes_first_and_last_test_score(folders):
         "| mcts | 0 | 10.0% [10.0%, 10.0%] | **20.0% [20.0%, 20.0%]** | 10.0% → 20.0% | 0.00 M | 4 | 2.0 min |" == first
     )
     assert "**40.0% [40.0%, 40.0%]**" in second
+    metrics = folders[0] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().partition("\n")[2])  # a run without a test before training
+    assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in plots.results_table(folders[:1])
 
 
 def test_intervals_pool_seeds_and_problems():
