@@ -46,6 +46,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
+    failures: bool = True  # distil wrong answers too; off: they teach the critic alone
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)

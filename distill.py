@@ -3,6 +3,7 @@
     best-path      the path of most visits, right or wrong, advantage R - V (the post)
     best-answer    the answer with the highest reward, advantage R - V
     best-path-q    the most-visited path; the critic learns the tree's values Q instead of R
+    best-path-tree the same, and the critic learns from every other answer of the tree too
     answers        every answer of the tree, advantage (R - mean) / std over them: the tree as a GRPO group
     steps          every answer, each step's tokens with advantage Q(child) - Q(parent)
     visits         every answer, each step's tokens with advantage pi(child) - mu(child): from the shares mu of the
@@ -27,6 +28,7 @@ class Lesson:
     answer: Node
     advantages: list[float] | None = None  # a token; None: the critic's R - V
     returns: list[float] | None = None  # a token: what the critic should say of the state before it; None: R
+    critic_only: bool = False  # nothing for the policy
 
 
 def best_path(tree: Tree, config: SearchConfig) -> Node | None:
@@ -103,10 +105,17 @@ def alone(choose: Callable[[Tree, SearchConfig], Node | None], q: bool = False):
     return lessons
 
 
+def best_path_tree(tree: Tree, config: SearchConfig) -> list[Lesson]:
+    """A critic that sees chosen paths alone never learns what a poor state looks like."""
+    best = best_path(tree, config)
+    return [Lesson(node, returns=tree_values(node), critic_only=node is not best) for node in tree.answers()]
+
+
 LESSONS: dict[str, Callable[[Tree, SearchConfig], list[Lesson]]] = {
     "best-path": alone(best_path),
     "best-answer": alone(best_answer),
     "best-path-q": alone(best_path, q=True),
+    "best-path-tree": best_path_tree,
     "answers": answers,
     "steps": steps,
     "visits": visits,

@@ -54,12 +54,12 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def token_weights(mask: Tensor, how: str, trajectories: int, tokens: int) -> Tensor:
-    """Weights [B, T] that make a sum over a whole step's tokens the average `how` names: "sequence" averages over the
-    tokens of a trajectory and then over trajectories, "token" over all tokens alike."""
+def token_weights(mask: Tensor, how: str, lengths: list[int]) -> Tensor:
+    """Weights [B, T] that make a sum over the tokens of a step, trajectories of these lengths, the average `how` names:
+    "sequence" averages over the tokens of a trajectory and then over trajectories, "token" over all tokens alike."""
     if how == "token":
-        return mask / tokens
-    return mask / mask.sum(1, keepdim=True).clamp(min=1) / trajectories
+        return mask / max(sum(lengths), 1)
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(len(lengths), 1)
 
 
 # ------------------------------------------------------------------------------------------------ updating
@@ -114,11 +114,10 @@ def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_to
 def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> dict:
     """The gradient of the step's loss, in micro-batches, left in the weights; returns the loss's parts."""
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(len(t.completion) for t in trajectories)
     sums: dict[str, float] = {}
     furthest = []
     for group in micro_batches(trajectories, micro_tokens):
-        loss, means, far = batch_loss(policy, group, config, len(trajectories), tokens)
+        loss, means, far = batch_loss(policy, group, config, trajectories)
         loss.backward()
         furthest.append(far)
         for key, value in means.items():
@@ -148,9 +147,10 @@ def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, mi
 
 
 def batch_loss(
-    policy: Policy, group: list[Trajectory], config: Config, trajectories: int, tokens: int
+    policy: Policy, group: list[Trajectory], config: Config, step: list[Trajectory]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The share of the step's loss that falls on one micro-batch, its parts, and max |log pi - log pi_sampler|."""
+    """The share of the loss of `step` that falls on `group`, one of its micro-batches; the loss's parts, and
+    max |log pi - log pi_sampler|."""
     batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
     mask, width = batch.completion, batch.completion.shape[1]
     recorded = right_align([t.logprobs for t in group], width, policy.device)  # [B, T]
@@ -158,7 +158,10 @@ def batch_loss(
     if config.old_logprobs != "recorded":
         old = right_align([t.trainer_logprobs for t in group], width, policy.device)  # [B, T]
     reward = torch.tensor([t.reward.value for t in group], device=policy.device)  # [B]
-    weights = token_weights(mask, config.normalize, trajectories, tokens)  # [B, T], sums to 1 over the step
+    taught = torch.tensor([[not t.critic_only] for t in group], device=policy.device)  # [B, 1]
+    lengths, policy_lengths = ([len(t.completion) for t in step if all or not t.critic_only] for all in (True, False))
+    critic_weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over the step
+    weights = token_weights(mask * taught, config.normalize, policy_lengths)  # [B, T], the same
 
     logprobs, values, entropy = policy.logprobs_and_values(batch, config.temperature, config.value_gradient)  # [B, T]
     if group[0].advantages is None:
@@ -176,15 +179,17 @@ def batch_loss(
     if config.old_logprobs == "truncated":  # truncated importance sampling (Yao et al. 2025)
         policy_loss = policy_loss * (old - recorded).exp().clamp(max=config.importance_cap)
     disagreement = ((logprobs - recorded) * mask).detach().abs()  # [B, T]
-    parts = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    parts = {"policy_loss": policy_loss, "entropy": entropy}
     parts["ratio"] = (logprobs - old).exp().detach()
-    total = policy_loss + config.value_coefficient * value_loss
+    total = policy_loss
     if config.kl_coefficient:
         parts["kl"] = kl_k3(logprobs, policy.reference_logprobs(batch, config.temperature))
         total = total + config.kl_coefficient * parts["kl"]
+    value_loss = (value_loss * critic_weights).sum()
     means = {name: (part.detach() * weights).sum() for name, part in parts.items()}
-    means["disagreement_mean"] = disagreement.sum() / tokens
-    return (total * weights).sum(), means, disagreement.max()
+    means["value_loss"] = value_loss.detach()
+    means["disagreement_mean"] = disagreement.sum() / sum(lengths)
+    return (total * weights).sum() + config.value_coefficient * value_loss, means, disagreement.max()
 
 
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:

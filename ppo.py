@@ -59,6 +59,7 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
             config.distill,
             lesson.advantages,
             lesson.returns,
+            lesson.critic_only,
         )
         for tree in trees
         for lesson in LESSONS[config.distill](tree, settings)
@@ -151,6 +152,8 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         rng = np.random.default_rng([config.seed, state["step"]])
         problems = [data["train"][i] for i in rng.integers(len(data["train"]), size=config.problems)]
         trajectories, usage, info = collect(policy, sampler, problems, config, rng)
+        for trajectory in trajectories:
+            trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
         warmup = min(1.0, (state["step"] + 1) / max(config.warmup, 1))
         decay = 1 - state["progress"] if config.schedule == "linear" else 1.0
         for group in optimizer.param_groups:

@@ -59,6 +59,7 @@ class Trajectory:
     source: str  # the method that made it
     advantages: list[float] | None = None  # a token, if the method fixes them; otherwise the critic's R - V(s_t)
     returns: list[float] | None = None  # a token, the critic's target; otherwise R, or none if advantages are fixed
+    critic_only: bool = False  # teaches the critic what a state is worth, and the policy nothing
     trainer_logprobs: list[float] | None = None  # of the trainer before the update, where it recomputes them
 
 

@@ -139,15 +139,15 @@ def test_token_weights_sum_to_1_over_all_micro_batches(lengths, size):
         total = 0.0
         for start in range(0, len(lengths), size):
             mask = right_aligned([[1.0] * n for n in lengths[start : start + size]])
-            total += token_weights(mask, how, len(lengths), sum(lengths)).sum().item()
+            total += token_weights(mask, how, lengths).sum().item()
         assert total == pytest.approx(1)
 
 
 def test_token_weights_by_hand():
     """Prevents long trajectories from counting more where they should not, or less."""
     mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    assert_close(token_weights(mask, "sequence", 2, 3), torch.tensor([[0, 1 / 4, 1 / 4], [0, 0, 1 / 2]]))
-    assert_close(token_weights(mask, "token", 2, 3), mask / 3)
+    assert_close(token_weights(mask, "sequence", [2, 1]), torch.tensor([[0, 1 / 4, 1 / 4], [0, 0, 1 / 2]]))
+    assert_close(token_weights(mask, "token", [2, 1]), mask / 3)
 
 
 # ------------------------------------------------------------------------------------------------ one update
@@ -189,7 +189,7 @@ def test_the_loss_is_the_documented_one_token_by_token(moved, problems, loss, no
             part += 0.3 * (math.exp(ref - logp) - (ref - logp) - 1)
             weight = 1 / tokens if normalize == "token" else 1 / len(now) / len(items)
             expected, ratios = expected + weight * part, ratios + weight * ratio
-    losses = [batch_loss(moved, group, config, len(items), tokens) for group in micro_batches(items, 60)]
+    losses = [batch_loss(moved, group, config, items) for group in micro_batches(items, 60)]
     assert len(losses) > 2
     assert sum(total.item() for total, _, _ in losses) == pytest.approx(expected, abs=1e-4)
     assert sum(means["ratio"].item() for _, means, _ in losses) == pytest.approx(ratios, abs=1e-4)

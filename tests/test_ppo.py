@@ -137,6 +137,17 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
     assert f"{method} (tiny, seed 0), 16 held-out problems" in printed and "12 steps" in printed
 
 
+@pytest.mark.parametrize("method", ["mcts", "best-of-n", "none"])
+def test_failures_that_are_not_distilled_teach_the_critic_alone(tiny_config, checkpoint, method):
+    """Prevents wrong answers from moving a policy that is to see right ones only (a random model has none)."""
+    config = tiny_config(search=method, failures=False, steps=2, tokens=0)
+    train(config, COLLECTORS[method])
+    learnt, start = load_policy(config.folder / "policy"), load_policy(checkpoint)
+    assert read_metrics(config.folder)[1]["correct"] == 0
+    assert_close(learnt.lm.state_dict(), start.lm.state_dict())
+    assert learnt.value_head.layers[-1].weight.abs().max() > 0
+
+
 def test_a_run_ends_with_its_token_budget_and_counts_it(toy, tiny_config):
     """Prevents methods compared at unequal compute."""
     config = tiny_config(lora_rank=2, dtype="bfloat16", schedule="linear", value_gradient=True)
