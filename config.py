@@ -6,7 +6,7 @@ A preset is a Config; every field can be overridden, unknown ones are errors.
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -138,6 +138,20 @@ class Config:
     @property
     def folder(self) -> Path:
         return self.out if self.out != Path() else Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
+
+
+def differences(saved: dict, config: Config) -> list[str]:
+    """Which settings of a saved config.json are not `config`'s, folder and machine aside; a field that was not there
+    yet had its default, and a model is known by its name, wherever its folder lies."""
+
+    def flat(settings: dict) -> dict:
+        tree = {f"tree.{key}": value for key, value in settings["tree"].items()}
+        kept = {key: value for key, value in settings.items() if key not in ("tree", "out", "provenance")}
+        return kept | tree | {"model": Path(settings["model"]).name}
+
+    asked = flat(asdict(config))
+    found = flat(asdict(Config())) | flat(saved)
+    return [f"{key} {found[key]} there, {value} here" for key, value in asked.items() if found[key] != value]
 
 
 PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))

@@ -1,61 +1,84 @@
 """The study: every run behind a published figure, from one table of settings.
 
-    python study.py tune             # each method's main knob and learning rate, coarsely: 0.3 M tokens, validation
-    python study.py rates            # the two rates left, with the budget of the comparison: 1 M tokens, validation
-    python study.py compare          # the methods with what was chosen, on the test problems, seeds from 1 on
-    python study.py compare --seeds 3 --jobs 2
+    python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
+    python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
+    python study.py targets    # what a tree may teach (distill.py), the same budget, validation
+    python study.py compare    # the methods with what was chosen, on the test problems, seeds from 1 on
+    python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
-the cores. What is done is skipped, what was interrupted is resumed from its checkpoint, so the study can be stopped at
-any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl go to results/STAGE/.
+the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
+study can be stopped at any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl
+go to results/STAGE/.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import tyro
 
 import runs
+from config import differences, parse
+from distill import LESSONS
 
 PROGRAMS = {
     "mcts": "ppo.py --search mcts",
     "best-of-n": "baselines.py --method best-of-n",
-    "mcts-answers": "ppo.py --search mcts --distill answers",
-    "mcts-steps": "ppo.py --search mcts --distill steps",
     "cispo": "baselines.py --method cispo",
-    "none": "ppo.py --search none",
     "grpo": "baselines.py --method grpo",
+    "none": "ppo.py --search none",
 }
-TREES = ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32")
-# each method's main knob: how it spends its tokens
+# each method's main knob, how it spends its tokens: two settings
 KNOBS = {
-    "mcts": TREES,
+    "mcts": ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32"),
     "best-of-n": ("--samples 8", "--samples 32"),
-    "mcts-answers": TREES,
-    "mcts-steps": TREES,
     "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
+    "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
     "none": ("--problems 64", "--problems 256"),
 }
-KNOBS["grpo"] = KNOBS["cispo"]
-RATES = ("3e-4", "1e-3", "3e-3")
-VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
+RATES = ("1e-4", "3e-4", "1e-3")
+CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md); of the knobs, the first
+TARGETS = {
+    **{name: f"--distill {name}" for name in LESSONS if name != "best-path"},
+    "right-only": "--no-failures",
+    "best-path-tree-right-only": "--distill best-path-tree --no-failures",
+    "best-path-tree-backbone": "--distill best-path-tree --value-gradient",
+    "backbone": "--value-gradient",
+}
+ABLATIONS = {
+    "uct": "--tree.selection uct",
+    "gumbel": "--tree.selection gumbel",
+    **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "count", "uniform")},  # sum is the preset's
+    "unvisited-zero": "--tree.unvisited zero",
+    "virtual-loss-visit": "--tree.virtual-loss visit",
+    **{f"children-{k}": f"--tree.children {k}" for k in (3, 4)},
+    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128, 256)},
+    "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
+    "right-only": "--no-failures",
+    "recomputed": "--old-logprobs recomputed",
+    "leaking-split": "--split post",
+}
 BUDGET = "--tokens 1000000"
-# of the two rates, the one with the higher validation mean@16 (LOG.md)
-CHOSEN = dict.fromkeys(("mcts", "best-of-n", "mcts-steps", "cispo", "grpo"), "3e-4")  # the others: not tuned yet
+VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
+TEST = "--evaluations 10 --no-test-before"
+
+Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 
 
 @dataclass
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, compare
-    seeds: int = 5  # of compare
+    stage: tyro.conf.Positional[str]  # tune, rates, targets, compare, ablate
+    seeds: int = 5  # of compare; of ablate at most 3
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS)
     out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
@@ -69,33 +92,35 @@ class StudyConfig:
             raise ValueError("seeds and jobs must be at least 1")
 
 
-def tune(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    """A name and a command line for each setting tried."""
-    for number in (0, 1):
-        for method in filter(KNOBS.get, config.methods):
-            for rate in RATES:
-                knob = KNOBS[method][number]
-                yield (
-                    f"{method}-lr{rate}-knob{number}",
-                    f"{PROGRAMS[method]} --learning-rate {rate} {knob} --tokens 300000 {VALIDATE}",
-                )
+def tune(config: StudyConfig) -> Jobs:
+    for method, number, rate in product(config.methods, (0, 1), RATES):
+        options = f"--learning-rate {rate} {KNOBS[method][number]} --tokens 300000 {VALIDATE}"
+        yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} {options}"
 
 
-def rates(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    for method in filter(KNOBS.get, config.methods):
-        for rate in ("3e-4", "1e-3"):
-            options = f"--learning-rate {rate} {KNOBS[method][0]} {BUDGET} {VALIDATE}"
-            yield f"{method}-lr{rate}", f"{PROGRAMS[method]} {options}"
+def rates(config: StudyConfig) -> Jobs:
+    for method, rate in product(config.methods, RATES[1:]):
+        yield f"{method}-lr{rate}", f"{PROGRAMS[method]} --learning-rate {rate} {KNOBS[method][0]} {BUDGET} {VALIDATE}"
 
 
-def compare(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    for seed in range(1, config.seeds + 1):
-        for method in filter(CHOSEN.get, config.methods):
-            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][0]} {BUDGET} --evaluations 10 --no-test-before"
-            yield f"{method}-seed{seed}", f"{PROGRAMS[method]} --seed {seed} {options}"
+def targets(config: StudyConfig) -> Jobs:
+    for name, options in TARGETS.items():
+        yield name, f"{PROGRAMS['mcts']} --learning-rate {CHOSEN['mcts']} {options} {BUDGET} {VALIDATE}"
 
 
-STAGES = {"tune": tune, "rates": rates, "compare": compare}
+def compare(config: StudyConfig) -> Jobs:
+    for seed, method in product(range(1, config.seeds + 1), config.methods):
+        options = f"--seed {seed} --learning-rate {CHOSEN[method]} {KNOBS[method][0]} {BUDGET} {TEST}"
+        yield f"{method}-seed{seed}", f"{PROGRAMS[method]} {options}"
+
+
+def ablate(config: StudyConfig) -> Jobs:
+    for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
+        options = f"--seed {seed} --learning-rate {CHOSEN['mcts']} {options} {BUDGET} {TEST}"
+        yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
+
+
+STAGES = {"tune": tune, "rates": rates, "targets": targets, "compare": compare, "ablate": ablate}
 
 
 def finished(folder: Path) -> bool:
@@ -104,14 +129,23 @@ def finished(folder: Path) -> bool:
     return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
 
 
-def run(name: str, command: str, config: StudyConfig) -> str:
-    """Do one run, or what is left of it; returns a line about it."""
+def check(folder: Path, command: list[str]) -> None:
+    """ValueError if the folder holds a run with other settings than the command's."""
+    if (folder / "config.json").exists():
+        method, options = ("mcts", command[1:]) if command[0] == "ppo.py" else (command[2], command[3:])
+        saved = json.loads((folder / "config.json").read_text())
+        if differ := differences(saved, parse([*options, "--preset", "tiny"], method)[0]):
+            raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
+
+
+def run(name: str, command: str, config: StudyConfig) -> None:
+    """Do one run, or what is left of it. RuntimeError with the program's last line if it fails."""
     folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
     if finished(kept):
-        return f"{name}: done before"
+        return
     program, *options = command.split()
     if not finished(folder):
-        if (folder / "checkpoint").is_dir():
+        if any((folder / checkpoint).is_dir() for checkpoint in ("checkpoint", "checkpoint.old")):
             options = ["--resume", str(folder)]
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -124,18 +158,27 @@ def run(name: str, command: str, config: StudyConfig) -> str:
             env=os.environ | {"OMP_NUM_THREADS": threads},
         )
         if told.returncode:
-            return f"{name}: failed, {(told.stderr.strip() or 'no message').splitlines()[-1]}"
+            raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl"):
-        shutil.copy(folder / file, kept / file)
-    return f"{name}: done"
+        runs.write(kept / file, (folder / file).read_text())
 
 
 def main() -> None:
     config = runs.read_config(StudyConfig)
+    jobs = dict(STAGES[config.stage](config))
+    for name, command in jobs.items():
+        for folder in (Path("runs"), config.out):
+            check(folder / config.stage / name, command.split())
     with ThreadPoolExecutor(config.jobs) as pool:
-        for line in pool.map(lambda job: run(*job, config), list(STAGES[config.stage](config))):
-            print(line, flush=True)
+        running = {pool.submit(run, name, command, config): name for name, command in jobs.items()}
+        failed = 0
+        for ended in as_completed(running):
+            if error := ended.exception():
+                failed += 1
+            print(f"{running[ended]}: {f'failed, {error}' if error else 'done'}", flush=True)
+    if failed:
+        runs.fail(f"{failed} of {len(jobs)} runs failed; the same command goes on with them")
 
 
 if __name__ == "__main__":
