@@ -129,12 +129,16 @@ def finished(folder: Path) -> bool:
     return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
 
 
+def configuration(command: list[str]) -> tuple[list[str], str]:
+    """A command's options and method, as `config.parse` takes them."""
+    return (command[1:], "mcts") if command[0] == "ppo.py" else (command[3:], command[2])
+
+
 def check(folder: Path, command: list[str]) -> None:
     """ValueError if the folder holds a run with other settings than the command's."""
     if (folder / "config.json").exists():
-        method, options = ("mcts", command[1:]) if command[0] == "ppo.py" else (command[2], command[3:])
         saved = json.loads((folder / "config.json").read_text())
-        if differ := differences(saved, parse([*options, "--preset", "tiny"], method)[0]):
+        if differ := differences(saved, parse(*configuration([*command, "--preset", "tiny"]))[0]):
             raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
 
 

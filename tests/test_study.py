@@ -1,32 +1,38 @@
 """Tests of study.py: which runs there are, and that none is done twice, lost or left half done."""
 
 import json
+import shutil
 import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
 
 import study
-from config import Config
+from config import Config, parse
 from study import StudyConfig
 
 
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
     """Programs that are only recorded: each writes a finished run unless its name is in `failing`."""
-    calls, failing = [], set()
+    calls, failing, alone = [], set(), Lock()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "CHOSEN", dict.fromkeys(study.PROGRAMS, "1e-3"))
 
     def run(command, env, **_):
         _, program, *options = command
-        folder = study.Path(options[options.index("--out" if "--out" in options else "--resume") + 1])
+        folder = Path(options[options.index("--out" if "--out" in options else "--resume") + 1])
         calls.append((program, options, env["OMP_NUM_THREADS"]))
-        if folder.name in failing:
-            (folder / "checkpoint").mkdir(parents=True)
-            return SimpleNamespace(returncode=2, stderr="a line\nerror: no luck\n")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text("{}")
+        if "--out" in options:
+            with alone:  # tyro's messages are caught by a redirection of the whole process
+                config = parse(*study.configuration([program, *options]))[0]
+            (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
+        if folder.name in failing:
+            (folder / "checkpoint").mkdir()
+            return SimpleNamespace(returncode=2, stderr="a line\nerror: no luck\n")
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "test_mean_at_k": 0.1}) + "\n")
         return SimpleNamespace(returncode=0, stderr="")
 
@@ -43,8 +49,10 @@ def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monk
     """Prevents hours of runs done again, a failure that stops the others, and a half run among the results."""
     calls, failing = programs
     failing.add("cispo-seed2")
-    start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
-    out = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.startswith("error: 1 of 4 runs failed")
     assert "cispo-seed2: failed, error: no luck" in out and out.count(": done") == 3 and len(calls) == 4
     assert {path.name for path in (tmp_path / "results/compare").iterdir()} == {
         "mcts-seed1",
@@ -53,8 +61,28 @@ def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monk
     }
     failing.clear()
     start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
-    assert capsys.readouterr().out.count("done before") == 3
     assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], calls[0][2])]
+
+
+@pytest.mark.parametrize("where", ["runs", "results"])
+def test_a_run_with_other_settings_is_not_taken_for_done(programs, monkeypatch, capsys, where):
+    """Prevents a table of runs that are not what study.py says they are, after one of its settings was changed."""
+    start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
+    shutil.rmtree("results" if where == "runs" else "runs")
+    monkeypatch.setitem(study.CHOSEN, "mcts", "1e-4")
+    with pytest.raises(ValueError, match=f"{where}/compare/mcts-seed1 .*learning_rate 0.0003 there, 0.0001 here"):
+        start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
+    assert len(programs[0]) == 1
+
+
+def test_committed_runs_are_what_the_study_asks_for():
+    """Prevents figures from runs that the study's own table would not make again."""
+    found = 0
+    for stage, jobs in study.STAGES.items():
+        for name, command in jobs(StudyConfig(stage)):
+            study.check(Path(study.__file__).parent / "results" / stage / name, command.split())
+            found += study.finished(Path(study.__file__).parent / "results" / stage / name)
+    assert found >= 29
 
 
 def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):
@@ -69,9 +97,8 @@ def test_every_command_is_a_configuration(stage, monkeypatch):
     import baselines
     import ppo
 
-    monkeypatch.setattr(study, "CHOSEN", dict.fromkeys(study.PROGRAMS, "1e-4") | study.CHOSEN)
     jobs, found = list(study.STAGES[stage](StudyConfig(stage, seeds=2))), []
-    assert len({name for name, _ in jobs}) == len(jobs) > 10
+    assert len({name for name, _ in jobs}) == len(jobs) >= 10
     monkeypatch.setattr(ppo, "train", lambda config, *_: found.append(config))
     for _, command in jobs:
         program, *options = command.split()
