@@ -140,18 +140,19 @@ class Config:
         return self.out if self.out != Path() else Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
 
 
+def settings(saved: dict) -> dict:
+    """The settings in a config.json, flat, folder and machine aside: a field that was not there yet had its default,
+    and a model is known by its name, wherever its folder lies."""
+    whole = asdict(Config()) | saved
+    tree = asdict(TINY_TREE) | saved.get("tree", {})
+    kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ("tree", "out")}
+    return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
+
+
 def differences(saved: dict, config: Config) -> list[str]:
-    """Which settings of a saved config.json are not `config`'s, folder and machine aside; a field that was not there
-    yet had its default, and a model is known by its name, wherever its folder lies."""
-
-    def flat(settings: dict) -> dict:
-        tree = {f"tree.{key}": value for key, value in settings["tree"].items()}
-        kept = {key: value for key, value in settings.items() if key not in ("tree", "out", "provenance")}
-        return kept | tree | {"model": Path(settings["model"]).name}
-
-    asked = flat(asdict(config))
-    found = flat(asdict(Config())) | flat(saved)
-    return [f"{key} {found[key]} there, {value} here" for key, value in asked.items() if found[key] != value]
+    """Which settings of a saved config.json are not `config`'s, a piece of text each."""
+    there, here = settings(saved), settings(asdict(config))
+    return [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
 
 
 PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))

@@ -7,6 +7,7 @@ python plots.py tree RUN/trees/000000.json                   # searched trees as
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,31 +20,51 @@ from matplotlib.ticker import EngFormatter
 
 import explorer
 import runs
+from config import settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
-COLORS |= {"mcts, answers": "#e9a03b", "mcts, steps": "#c33c8e", "mcts, visits": "#46b0a4"}
 DRAWS = 2_000  # of the bootstrap
+RUN = tuple[dict, list[dict]]
 
 
-def load(folder: Path) -> tuple[dict, list[dict]]:
+def load(folder: Path) -> RUN:
     """A run's configuration and its rows of metrics."""
     return json.loads((folder / "config.json").read_text()), runs.read_metrics(folder)
 
 
-def method(config: dict) -> str:
-    """A run's method, with what it distils where that isn't the post's choice."""
-    distill = config.get("distill", "best-path")
-    return config["search"] + (f", {distill}" if config["search"] == "mcts" and distill != "best-path" else "")
+def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
+    """Runs that differ in nothing but their seed together, under their method's name; settings that the method's first
+    run has not are part of the name."""
+    first, found = {}, defaultdict(list)
+    for config, rows in map(load, folders):
+        told = settings(config)
+        usual = first.setdefault(told["search"], told)
+        other = [f"{key.split('.')[-1]} {told[key]}" for key in told if key != "seed" and told[key] != usual[key]]
+        found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
+    return dict(found)
+
+
+def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[str, list[RUN]]:
+    """ValueError if a run has no test after training, or no `key` in it."""
+    for name, some in found.items():
+        for config, rows in some:
+            if not (rows and rows[-1]["step"] and key in rows[-1]):
+                raise ValueError(
+                    f"{name}, seed {config['seed']}, has no {key} after training: leave it out or --resume it"
+                )
+    return found
 
 
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
     """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
     thin line for each seed. Returns the matplotlib figure."""
     curves = defaultdict(list)
-    for folder in folders:
-        config, rows = load(folder)
-        rows = [row for row in rows if key in row]
-        curves[method(config)].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+    for name, found in by_method(folders).items():
+        for _, rows in found:
+            if rows := [row for row in rows if key in row]:
+                curves[name].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+    if not curves:
+        raise ValueError(f"none of the runs has been evaluated yet (no {key})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, seeds in curves.items():
@@ -64,35 +85,50 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     return axes.figure
 
 
-def pooled(right: np.ndarray, samples: int) -> dict[str, tuple[float, float, float]]:
-    """mean@k and pass@k of a method with 95 % intervals, from `right` [seeds, problems], how many of `samples` = k are
-    right. Each of the bootstrap's draws takes seeds and, the same ones for all of them, problems with replacement."""
+def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, float, float]:
+    """The mean of `scores` [seeds, problems], less that of a rival's on the same problems, and its 95 % interval.
+
+    Problems are drawn with replacement, the same ones for all seeds (bootstrap). Five seeds are too few for that: their
+    mean is off by s / sqrt(seeds) times a draw from Student's t with seeds - 1 degrees of freedom. One seed adds none.
+    """
     rng = np.random.default_rng(0)
-    found = {}
-    for name, scores in {"mean": right / samples, "pass": right > 0}.items():
-        seeds = rng.integers(len(right), size=(DRAWS, len(right)))
-        problems = rng.integers(right.shape[1], size=(DRAWS, right.shape[1]))
-        draws = [scores[s].mean(0)[p].mean() for s, p in zip(seeds, problems)]
-        found[name] = float(scores.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
-    return found
+    groups = [scores] if rival is None else [scores, -rival]
+    per_problem = sum(group.mean(0) for group in groups)  # [problems]
+    draws = per_problem[rng.integers(len(per_problem), size=(DRAWS, len(per_problem)))].mean(1)
+    for group in groups:
+        if (n := len(group)) > 1:
+            draws += group.mean(1).std(ddof=1) / math.sqrt(n) * rng.standard_t(n - 1, DRAWS)
+    return float(per_problem.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+
+
+def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
+    """What finished runs scored on the test problems, [seeds, problems]: mean@k or, `passed`, pass@k."""
+    ends = [rows[-1] for _, rows in found]
+    right = np.array([row["test_right"] for row in ends])
+    return (right > 0) * 1.0 if passed else right / ends[0]["test_samples"]
 
 
 def summary_table(folders: list[Path]) -> str:
-    """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, and cost."""
-    runs_of = defaultdict(list)
-    for folder in folders:
-        config, rows = load(folder)
-        runs_of[method(config)].append((config, rows[-1]))
-    lines = ["| method | seeds | mean@16 | pass@16 | format | tokens | steps | training |", "|" + "---|" * 8]
-    for name, found in runs_of.items():
-        ends = [row for _, row in found]
-        scores = pooled(np.array([row["test_right"] for row in ends]), ends[0]["test_samples"])
-        mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*scores[key]) for key in ("mean", "pass"))
+    """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
+    the search's, and cost."""
+    found = finished(by_method(folders), "test_right")
+    k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
+    if len(k) > 1:
+        raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
+    (k,) = k
+    search = scores_of(found["mcts"]) if "mcts" in found else None
+    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | training |"]
+    lines.append("|" + "---|" * 9)
+    for name, some in found.items():
+        scores, passed = scores_of(some), scores_of(some, passed=True)
+        rival = search if name != "mcts" and search is not None and search.shape[1] == scores.shape[1] else None
+        mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
+        less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
         tokens, steps, seconds, parsed = (
-            np.mean([row[key] for row in ends]) for key in ("generated", "step", "seconds", "test_parsed")
+            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "seconds", "test_parsed")
         )
         lines.append(
-            f"| {name} | {len(found)} | **{mean}** | {passed} | {parsed:.0%} "
+            f"| {name} | {len(some)} | **{mean}** | {less} | {share} | {parsed:.0%} "
             f"| {tokens / 1e6:.2f} M | {steps:.0f} | {seconds / 60:.1f} min |"
         )
     return "\n".join(lines)
@@ -132,10 +168,13 @@ def draw_tree(tree: dict):
 
 def results_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs: test mean@k before and after with 95 % intervals, pass@k, cost."""
-    lines = ["| method | seed | mean@16 before | mean@16 after | pass@16 before → after | tokens | steps | training |"]
+    found = finished(by_method(folders))
+    k = "/".join(sorted({str(rows[-1]["test_samples"]) for some in found.values() for _, rows in some}))
+    lines = [
+        f"| method | seed | mean@{k} before | mean@{k} after | pass@{k} before → after | tokens | steps | training |"
+    ]
     lines += ["|" + "---|" * 8]
-    for folder in folders:
-        config, rows = load(folder)
+    for name, config, rows in ((name, *run) for name, some in found.items() for run in some):
         tests = [row for row in rows if "test_mean_at_k" in row]
         means = [
             "{:.1%} [{:.1%}, {:.1%}]".format(*(t[f"test_mean_{k}"] for k in ("at_k", "low", "high"))) for t in tests
@@ -144,7 +183,7 @@ def results_table(folders: list[Path]) -> str:
         if len(tests) == 1:  # --no-test-before
             means, passed = ["–", *means], ["–", *passed]
         lines.append(
-            f"| {method(config)} | {config['seed']} | {means[0]} | **{means[-1]}** "
+            f"| {name} | {config['seed']} | {means[0]} | **{means[-1]}** "
             f"| {passed[0]} → {passed[-1]} "
             f"| {after['generated'] / 1e6:.2f} M | {after['step']} | {after['seconds'] / 60:.1f} min |"
         )

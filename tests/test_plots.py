@@ -1,7 +1,6 @@
 """Figures and tables from run folders."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -16,10 +15,12 @@ def folders(tmp_path):
         folder = tmp_path / f"mcts-{seed}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"search": "mcts", "seed": seed}))
-        test = {f"test_{key}": 0.1 * (seed + 1) for key in ("mean_at_k", "mean_low", "mean_high", "pass_at_k")}
+        test = {"test_samples": 16} | {
+            f"test_{key}": 0.1 * (seed + 1) for key in ("mean_at_k", "mean_low", "mean_high", "pass_at_k")
+        }
         counters = [{"step": i, "generated": 1_000 * i, "seconds": 30.0 * i} for i in range(5)]
         rows = [counters[0] | test, *(row | {"eval_mean": 0.1 * row["step"]} for row in counters[1:])]
-        rows.append(counters[4] | {key: 2 * value for key, value in test.items()})
+        rows.append(counters[4] | {key: 2 * value for key, value in test.items()} | {"test_samples": 16})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sorted(tmp_path.iterdir())
 
@@ -46,33 +47,59 @@ def test_table_takes_first_and_last_test_score(folders):
     assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in plots.results_table(folders[:1])
 
 
-def test_intervals_pool_seeds_and_problems():
-    """Prevents intervals that take five seeds on the same problems for independent problems, or one seed for certainty:
-    where seeds agree only problems vary, where all problems are alike only seeds do."""
-    rng = np.random.default_rng(1)
-    problems = rng.integers(0, 17, 400)
-    mean, low, high = plots.pooled(np.tile(problems, (5, 1)), 16)["mean"]
-    error = (problems / 16).std() / 20
-    assert mean == pytest.approx(problems.mean() / 16)
-    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
-    seeds = np.array([2, 4, 6, 8, 10])
-    mean, low, high = plots.pooled(np.tile(seeds[:, None], (1, 400)), 16)["mean"]
-    assert (high - low) / 2 == pytest.approx(1.96 * (seeds / 16).std() / math.sqrt(5), rel=0.15)
-    assert plots.pooled(np.array([[0, 0, 3, 16]]), 16)["pass"][0] == 0.5
+@pytest.mark.parametrize(("seeds", "rivals"), [(3, 0), (5, 0), (5, 3)])
+def test_95_per_cent_intervals_hold_the_truth_in_95_per_cent_of_studies(seeds, rivals):
+    """Prevents the narrow intervals of a bootstrap over three seeds (80 %), and five seeds on the same problems taken
+    for independent problems. Each made-up study has effects of seed, of problem (which rivals share), and noise."""
+    rng, inside, studies = np.random.default_rng(2), 0, 400
+    for _ in range(studies):
+        problems = rng.normal(0, 0.25, 200)
+
+        def runs_of(n, problems=problems):
+            return 0.1 + problems + rng.normal(0, 0.02, (n, 1)) + rng.normal(0, 0.1, (n, 200))
+
+        scores, rival = runs_of(seeds), runs_of(rivals) if rivals else None
+        _, low, high = plots.pooled(scores, rival)
+        inside += low <= (0.0 if rivals else 0.1) <= high
+    assert 0.92 <= inside / studies <= 0.99
+
+
+def test_the_interval_of_one_seed_is_that_of_its_problems():
+    """Prevents NaN, and an interval of nothing."""
+    right = np.random.default_rng(1).integers(0, 17, (1, 400)) / 16
+    mean, low, high = plots.pooled(right)
+    assert mean == pytest.approx(right.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * right.std() / 20, rel=0.1)
+
+
+def finish(folder, right, **settings):
+    config, rows = plots.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    rows[-1] |= {"test_right": right, "test_parsed": 0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_summary_has_a_row_a_method(folders):
-    """Prevents seeds of two methods, or of two targets of the search, in one row."""
+    """Prevents runs of two settings in one row as if they were seeds."""
     for i, folder in enumerate(folders):
-        rows = plots.load(folder)[1]
-        rows[-1] |= {"test_right": [16 * i, 8, 0, 8], "test_samples": 16, "test_parsed": 0.5}
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        finish(folder, [16 * i, 8, 0, 8])
     header, _, row = plots.summary_table(folders).splitlines()
-    assert row.startswith("| mcts | 2 | **37.5% [") and "| 62.5% [" in row and row.endswith("| 0.00 M | 4 | 2.0 min |")
-    (folders[1] / "config.json").write_text(json.dumps({"search": "mcts", "seed": 1, "distill": "steps"}))
-    assert [line.split(" | ")[:2] for line in plots.summary_table(folders).splitlines()[2:]] == [
-        ["| mcts", "1"], ["| mcts, steps", "1"]
-    ]  # fmt: skip
+    assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
+    assert row.endswith("| 0.00 M | 4 | 2.0 min |")
+    finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
+    _, other = plots.summary_table(folders).splitlines()[2:]
+    assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
+
+
+def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
+    """Prevents a traceback, or a half run in a table."""
+    for what, rows in (("table", 3), ("summary", 3), ("summary", 0), ("curves", 1)):
+        for folder in folders:
+            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (folder / "metrics.jsonl").write_text("".join(lines[:rows]))
+        monkeypatch.setattr("sys.argv", ["plots.py", what, *map(str, folders)])
+        with pytest.raises(ValueError, match="mcts, seed 0, has no test|none of the runs has been evaluated"):
+            plots.main()
 
 
 def test_command_line(folders, tmp_path, monkeypatch, capsys):
