@@ -331,7 +331,7 @@ def test_dense_reward_by_hand(expression, value):
         ("<answer>5*(2+3)", "no answer"),
         ("5*(2+3)</answer>", "no answer"),
         ("</answer>5*(2+3)<answer>", "no answer"),
-        ("</answer><answer>5*(2+3)</answer>", "no answer"),
+        ("</answer><answer>5*(2+3)</answer>", "several answers"),
         ("<ANSWER>5*(2+3)</ANSWER>", "no answer"),
         ("<answer >5*(2+3)</answer>", "no answer"),
         ("<answer>5*(2+3)</answer>" + " " * 50_000, "too long"),
@@ -376,6 +376,11 @@ def test_numbers_that_were_not_given_or_are_used_twice_are_refused(expression):
 def test_a_number_given_twice_may_be_used_twice_but_not_three_times():
     assert answer("5*5", Problem((5, 2, 5), 25)).correct
     assert answer("5*5*5", Problem((5, 2, 5), 125)).reason == "numbers"
+
+
+def test_a_given_number_may_have_any_length():
+    """Prevents a right answer refused for its ten digits."""
+    assert answer("10000000000", Problem((10**10,), 10**10)).correct
 
 
 @pytest.mark.parametrize(
