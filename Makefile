@@ -4,7 +4,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test test-vllm study bench lab smollm2 doctor clean
+.PHONY: run test test-vllm fuzz study bench lab smollm2 doctor clean
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
@@ -17,6 +17,10 @@ test: .venv/installed-test
 # build of torch: where pip does not find it, add TORCH_INDEX=https://download.pytorch.org/whl/cpu
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= .venv-vllm/bin/python -m pytest tests/test_samplers.py $(ARGS)
+
+# a million hostile answers, judged by the verifier and by an independent oracle: minutes
+fuzz: .venv/installed
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(ARGS)
 
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed

@@ -277,17 +277,20 @@ class Refused(Exception):
 def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     """Grade a completion (the prompt is never looked at). Takes under 1 ms for any input.
 
-    The rule: exactly one <answer> and one </answer>, holding an expression of at most 200 characters made of
-    integers, + - * / and parentheses, in which each given number appears at most once. With strict=True every
-    intermediate result must be a positive integer, as the prompt asks; strict=False allows any rational (the post).
+    An answer is an <answer> with a </answer> somewhere after it, in a completion of at most 50,000 characters. The
+    rule: exactly one of each, holding an expression of at most 200 characters made of the given numbers (each at most
+    once, in plain digits), + - * / and parentheses, with blanks, tabs and newlines between them. With strict=True
+    every intermediate result must be a positive integer, as the prompt asks; strict=False allows any rational (the
+    post).
 
     Dense reward (post): -1 without an answer, -0.9 for one that breaks the rule, else
     1 - 2 min(|value - target| / target, 1).
     """
     if len(completion) > MAX_COMPLETION:
         return Reward(-1.0, False, False, "too long")
-    start, end = completion.find("<answer>"), completion.find("</answer>")
-    if start < 0 or end < start:
+    start = completion.find("<answer>")
+    end = completion.find("</answer>", start)
+    if start < 0 or end < 0:
         return Reward(-1.0, False, False, "no answer")
     try:
         if completion.count("<answer>") > 1 or completion.count("</answer>") > 1:
@@ -322,7 +325,7 @@ def evaluate_expression(text: str, numbers: tuple[int, ...], strict: bool = True
         at = match.end()
     tokens.append("end")
     tokens.reverse()  # a stack: the next token is the last
-    unused = list(numbers)
+    unused = [str(n) for n in numbers]
 
     def operand() -> int | Fraction:
         token = tokens.pop()
@@ -333,9 +336,9 @@ def evaluate_expression(text: str, numbers: tuple[int, ...], strict: bool = True
             return value
         if not token.isdigit():
             raise Refused("syntax")
-        if len(token) > 9 or int(token) not in unused:
+        if token not in unused:
             raise Refused("numbers")
-        unused.remove(int(token))
+        unused.remove(token)
         return int(token)
 
     def expression(lowest: int) -> int | Fraction:

@@ -10,10 +10,9 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from policy import VALUE_HEAD, Policy
+from policy import VALUE_HEAD, Policy, read_tensors
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -84,7 +83,7 @@ def load_policy(
             parameter.data = parameter.data.float()
     policy = Policy(lm.eval(), tokenizer, lora, train)
     if (head := Path(folder) / VALUE_HEAD).exists():
-        policy.value_head.load_state_dict(load_file(head))
+        policy.value_head.load_state_dict(read_tensors(head))
     return policy
 
 
@@ -128,6 +127,10 @@ def locate(model: str | Path) -> tuple[str, str]:
         raise ValueError(f"{name} is no model folder: it has no config.json (it holds {held})")
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
+    index = path / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
+    if not all(shard.endswith(".safetensors") for shard in shards):  # transformers would read them
+        raise ValueError(f"{name}: {index.name} names other weights than safetensors; pickled ones (.bin) are not read")
     return str(path), str(path)
 
 

@@ -202,13 +202,22 @@ class Policy(nn.Module):
         if self.lora:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+            set_peft_model_state_dict(self.lm, read_tensors(folder / "adapter_model.safetensors"))
         else:
-            missing, unexpected = self.lm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            missing, unexpected = self.lm.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
             if unexpected or set(missing) - {"lm_head.weight"}:
                 raise ValueError(f"{folder}: weights do not fit the model ({[*missing, *unexpected][:3]} …)")
             self.lm.tie_weights()
-        self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+        self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
+
+
+def read_tensors(file: Path) -> dict:
+    """What `save_file` or `torch.save` wrote. ValueError for a torn file, and for a pickle that holds more than tensors
+    and plain values, before anything in it runs."""
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)  # noqa: TID251
+    except Exception as error:  # torn, foreign or hostile: each raises its own
+        raise ValueError(f"{file} can't be read as plain tensors ({type(error).__name__})") from None
 
 
 def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

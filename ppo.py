@@ -30,7 +30,7 @@ from evaluate import Score, evaluate
 from learner import make_optimizer, update
 from loading import load_policy, pick_device
 from mcts import search
-from policy import Policy
+from policy import Policy, read_tensors
 from sampling import Sampler, Trajectory, Usage, complete
 
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
@@ -117,7 +117,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         state |= saved
         state["micro_tokens"] = min(state["micro_tokens"], plan.micro_tokens)
         policy.load_weights(folder)
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(read_tensors(folder / "optimizer.pt"))
         policy.version = state["step"]
 
     def save(folder: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import runs
 from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
+from policy import read_tensors
 
 LARGEST = 255  # integers up to here are one token; a longer one goes on with a token a digit: 468 is 46 ##8
 TAGS = ["<step>", "</step>", "<answer>", "</answer>"]
@@ -178,7 +179,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     checkpoint, start, seconds = config.out / "pretrain.pt", 0, 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = read_tensors(checkpoint)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)

@@ -1,8 +1,7 @@
 """Tests of countdown.py. Each docstring or name says which failure it prevents; the maths is compared with a literal
-simulation of the post, a brute force over subsets and a shunting-yard calculator, all written here from scratch."""
+simulation of the post and a brute force over subsets, both written here from scratch; tests/fuzz.py has more."""
 
 import json
-import operator
 import random
 import re
 import subprocess
@@ -331,7 +330,7 @@ def test_dense_reward_by_hand(expression, value):
         ("<answer>5*(2+3)", "no answer"),
         ("5*(2+3)</answer>", "no answer"),
         ("</answer>5*(2+3)<answer>", "no answer"),
-        ("</answer><answer>5*(2+3)</answer>", "no answer"),
+        ("</answer><answer>5*(2+3)</answer>", "several answers"),
         ("<ANSWER>5*(2+3)</ANSWER>", "no answer"),
         ("<answer >5*(2+3)</answer>", "no answer"),
         ("<answer>5*(2+3)</answer>" + " " * 50_000, "too long"),
@@ -378,6 +377,11 @@ def test_a_number_given_twice_may_be_used_twice_but_not_three_times():
     assert answer("5*5*5", Problem((5, 2, 5), 125)).reason == "numbers"
 
 
+def test_a_given_number_may_have_any_length():
+    """Prevents a right answer refused for its ten digits."""
+    assert answer("10000000000", Problem((10**10,), 10**10)).correct
+
+
 @pytest.mark.parametrize(
     ("expression", "numbers", "target", "strict", "loose"),
     [
@@ -410,107 +414,6 @@ def test_a_near_miss_of_a_huge_target_is_not_rounded_up_to_the_full_reward():
     numbers = (999_999_999, 999_999_998)
     reward = answer("999999999*999999998", Problem(numbers, numbers[0] * numbers[1] + 1))
     assert not reward.correct and 0.999 < reward.value < 1
-
-
-LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2}
-ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-def calculator(text, numbers, strict):
-    """The value of an infix expression by Dijkstra's shunting yard, or None if it breaks a rule of the task."""
-    values, signs, unused, after_operand = [], [], Counter(numbers), False
-
-    def reduce():
-        right, left = values.pop(), values.pop()
-        values.append(ARITHMETIC[signs.pop()](left, right))
-        if strict and (values[-1] <= 0 or values[-1].denominator > 1):
-            raise ValueError("not a positive whole number")
-
-    try:
-        for token in re.findall(r"[0-9]+|[^ ]", text):
-            if after_operand == (token == "(" or token.isdigit()):
-                raise ValueError("an operand where an operator belongs, or the reverse")
-            if token == "(":
-                signs.append(token)
-            elif token == ")":
-                while signs[-1] != "(":
-                    reduce()
-                signs.pop()
-            elif token in LEVEL:
-                while signs and LEVEL.get(signs[-1], 0) >= LEVEL[token]:
-                    reduce()
-                signs.append(token)
-                after_operand = False
-            else:
-                if not unused[int(token)] or token[0] == "0":
-                    raise ValueError("not a number of the problem")
-                unused[int(token)] -= 1
-                values.append(Fraction(token))
-                after_operand = True
-        while signs:
-            reduce()
-        (value,) = values if after_operand else ()
-    except (ValueError, ArithmeticError, LookupError):
-        return None
-    return value
-
-
-SHAPES = st.sampled_from(["{} {} {}", "({}{}{})", "( {} {}{} )"])
-TREES = st.recursive(
-    st.integers(1, 13).map(str),
-    lambda inner: st.builds(str.format, SHAPES, inner, st.sampled_from("+-*/"), inner),
-    max_leaves=6,
-)
-SOUPS = st.text("12()+-*/ 0.", max_size=10)
-
-
-@st.composite
-def graded(draw):
-    """An expression and a problem whose numbers are those of the expression, now and then one more or one less."""
-    text = draw(TREES | SOUPS)
-    numbers = [int(n) for n in re.findall("[1-9][0-9]*", text)]
-    numbers = draw(st.permutations(numbers + draw(st.lists(st.integers(1, 13), max_size=2))))
-    numbers = tuple(numbers[draw(st.sampled_from([0, 0, 0, 1])) :])
-    value = calculator(text, numbers, strict=False)
-    whole = value is not None and value > 0 and value.denominator == 1
-    return text, Problem(numbers, draw(st.just(int(value)) | st.integers(1, 200) if whole else st.integers(1, 200)))
-
-
-@examples(800)
-@given(graded(), st.booleans())
-def test_verifier_agrees_with_an_independent_calculator(text_problem, strict):
-    """Prevents wrong precedence, associativity or rounding, and rules that are checked only sometimes."""
-    text, problem = text_problem
-    value, reward = calculator(text, problem.numbers, strict), answer(text, problem, strict)
-    if value is None:
-        assert (reward.value, reward.correct, reward.parsed) == (-0.9, False, False)
-    else:
-        expected = 1 - 2 * min(abs(value - problem.target) / problem.target, 1)
-        assert reward.parsed and reward.correct == (value == problem.target)
-        assert reward.value == pytest.approx(float(expected)) and reward.correct == (reward.value == 1)
-
-
-@examples(200)
-@given(graded(), st.randoms(use_true_random=False), st.booleans())
-def test_the_order_of_the_numbers_does_not_matter(text_problem, rng, strict):
-    text, problem = text_problem
-    shuffled = Problem(tuple(rng.sample(problem.numbers, len(problem.numbers))), problem.target)
-    assert answer(text, problem, strict) == answer(text, shuffled, strict)
-
-
-PIECES = st.sampled_from(["<answer>", "</answer>", "<answer>5*(2+3)</answer>", "10", "\n", *"235+-*/() "])
-HOSTILE = st.lists(PIECES | st.text(max_size=5), max_size=20).map("".join)
-
-
-@examples(500)
-@given(HOSTILE | TREES, st.booleans(), st.booleans())
-def test_no_text_crashes_the_verifier_or_leaves_the_range_of_the_reward(text, tagged, strict):
-    """Prevents a crash of a long run, and a reward that disagrees with its own verdict."""
-    reward = answer(text, strict=strict) if tagged else verify(text, FIVES, strict)
-    assert -1 <= reward.value <= 1
-    assert reward.correct == (reward.value == 1.0) == (reward.reason == "correct")
-    assert reward.parsed == (reward.reason in ("correct", "wrong value"))
-    assert reward.parsed or reward.value == (-1 if reward.reason in ("no answer", "too long") else -0.9)
 
 
 NINES = Problem((999_999_999,) * 20, 1)

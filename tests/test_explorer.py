@@ -55,7 +55,7 @@ def test_a_models_text_is_never_markup(searched):
     """Prevents a completion that runs as a script when somebody looks at it."""
     policy, tree = searched
     made = explorer.tree_to_dict(tree, policy, SETTINGS)
-    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028"
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028\u2029\"'&quot;<!--"
     made["root"]["children"][0]["text"] = made["problem"] = hostile
     page = explorer.render([made])
     found = []
@@ -68,6 +68,7 @@ def test_a_models_text_is_never_markup(searched):
     assert found.count("script") == 2 and "img" not in found
     data = re.search(r'<script id="trees" type="application/json">(.*?)</script>', page, re.S)[1]
     assert json.loads(data)[0]["problem"] == hostile
+    assert "\u2028" not in page and "\u2029" not in page
     assert "innerHTML" not in page and not re.search(r"(src|href)=\"?http", page) and "import" not in page
 
 
