@@ -1,13 +1,16 @@
 """The critic against the truth: Countdown can be solved exactly from every state, so V(s) can be judged.
 
     python oracle.py assets/tiny runs/mcts-tiny-seed0 --out results/critic.json
+    python oracle.py assets/tiny --simulations 4 8 16 32 64 128 256    # and what search makes of which critic
 
 The states are those that the policy itself reaches: after every legal step of its own samples on validation problems.
-For each, what the critic says, whether the target can still be reached, and the best reward that can.
+For each, what the critic says, whether the target can still be reached, and the best reward that can. Searches are run
+with the learned critic, with none (V = 0), and with one that knows the best reward in reach.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,13 @@ import torch
 import tyro
 
 import runs
+from config import TINY_TREE
 from countdown import Problem, follow, make_problems, reachable
+from distill import best_path
 from loading import load_policy
+from mcts import search
 from policy import Policy
-from sampling import STEP_END, TorchSampler, complete, read_values, stream
+from sampling import STEP_END, TorchSampler, Usage, complete, read_values, stream
 
 
 @dataclass
@@ -26,12 +32,20 @@ class OracleConfig:
     """Hold critics against the exact solver."""
 
     models: tyro.conf.Positional[tuple[str, ...]]  # run folders, saved policies
+    simulations: tuple[int, ...] = ()  # of searches with different critics
     problems: int = 200  # of the validation split
     samples: int = 8
     temperature: float = 1.0
     max_tokens: int = 64
     seed: int = 0
     out: Path = Path("results/critic.json")
+
+    def __post_init__(self):
+        if not self.models:
+            raise ValueError("name at least one model: a run folder, a policy's folder or a Hugging Face name")
+        if min(self.problems, self.samples, self.max_tokens, *self.simulations) < 1 or not self.temperature > 0:
+            raise ValueError("problems, samples, max-tokens and simulations must be at least 1, temperature above 0")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def states_of(policy: Policy, problem: Problem, completion: list[int]) -> list[tuple[list[int], tuple[int, ...]]]:
@@ -53,16 +67,64 @@ def best_reward(left: tuple[int, ...], target: int) -> float:
     return max(1 - 2 * min(abs(value - target) / target, 1) for value in reachable(left))
 
 
-def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
-    """P(a positive's score exceeds a negative's), ties count half (Mann-Whitney); NaN where one class is missing."""
+def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """P(a positive's score exceeds a negative's), ties count half (Mann-Whitney); None where one class is missing."""
     ranks = np.empty(len(scores))
     for value in np.unique(scores):
         same = scores == value
         ranks[same] = (scores < value).sum() + (same.sum() + 1) / 2
     positives, negatives = labels.sum(), (~labels).sum()
     if not positives or not negatives:
-        return float("nan")
+        return None
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]]], tuple[list[float], Usage]]:
+    """A critic for `search` that knows the best reward in reach of every state, -1 once a rule is broken."""
+    asked = {tuple(policy.encode(problem)): problem for problem in problems}
+    lengths = {len(prompt) for prompt in asked}
+
+    def value(state: list[int]) -> float:
+        length = next(n for n in lengths if tuple(state[:n]) in asked)
+        problem, completion = asked[tuple(state[:length])], state[length:]
+        legal = [([], tuple(sorted(problem.numbers))), *states_of(policy, problem, completion)]
+        tokens, left = legal[-1]
+        return best_reward(left, problem.target) if tokens == completion else -1.0
+
+    return lambda states: ([value(state) for state in states], Usage())
+
+
+def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
+    """For each critic and number of simulations: the share of trees that hold a right answer, of those whose best path
+    is one, and the tokens of a tree."""
+    problems, sampler = make_problems(config.problems, "validation"), TorchSampler(policy)
+    prompts = [policy.encode(problem) for problem in problems]
+    critics = {
+        "learned": sampler.values,
+        "none": lambda states: ([0.0] * len(states), Usage()),
+        "perfect": perfect(policy, problems),
+    }
+    found = []
+    for name, critic in critics.items():
+        for simulations in config.simulations:
+            tree = replace(
+                TINY_TREE, simulations=simulations, temperature=config.temperature, max_tokens=config.max_tokens
+            )
+            seeds = [stream(config.seed, i) for i in range(len(problems))]
+            trees, usage = search(problems, prompts, sampler, critic, policy.grade, tree, seeds)
+            sampler.rest()
+            paths = [best_path(t, tree) for t in trees]
+            row = {
+                "critic": name,
+                "simulations": simulations,
+                "solved": float(np.mean([t.statistics()["solved"] for t in trees])),
+                "path_right": float(np.mean([path is not None and path.reward.correct for path in paths])),
+                "tokens": usage.generated / len(trees),
+            }
+            found.append(row)
+            print("  search with {critic} critic, {simulations} simulations: ".format(**row), end="")
+            print("right answer in {solved:.1%}, on the best path {path_right:.1%}, {tokens:.0f} tokens".format(**row))
+    return found
 
 
 def judge(model: str, config: OracleConfig) -> dict:
@@ -77,33 +139,33 @@ def judge(model: str, config: OracleConfig) -> dict:
     for trajectory in (t for row in rows for t in row):
         for tokens, left in states_of(policy, trajectory.problem, trajectory.completion):
             found[tuple(trajectory.prompt + tokens)] = (left, trajectory.problem.target)
+    if not found:
+        raise ValueError(f"{model}: none of its samples holds a legal step, so there is no state to judge")
     values = np.array(read_values(policy, [list(state) for state in found])[0])
     solvable = np.array([target in reachable(left) for left, target in found.values()])
     best = np.array([best_reward(left, target) for left, target in found.values()])
+    correlation = np.corrcoef(values, best)[0, 1] if values.std() > 0 and best.std() > 0 else None
+    auc = area_under_curve(values, solvable)
+    print(f"{model}: {len(found)} states, {solvable.mean():.0%} solvable; of V: area under the curve for solvability", end="")
+    print(f" {auc}, correlation with the best reward in reach {correlation}")
     return {
         "model": model,
         "states": len(found),
         "solvable": float(solvable.mean()),
-        "auc": area_under_curve(values, solvable),
-        "correlation": float(np.corrcoef(values, best)[0, 1]) if values.std() > 0 else float("nan"),
+        "auc": auc,
+        "correlation": correlation and float(correlation),
         "numbers_left": [len(left) for left, _ in found.values()],
         "value": values.round(3).tolist(),
         "in_reach": solvable.astype(int).tolist(),
         "best": best.round(3).tolist(),
+        "searches": search_with_critics(policy, config) if config.simulations else [],
     }
 
 
 def main() -> None:
     config = runs.read_config(OracleConfig)
     torch.manual_seed(config.seed)
-    rows = []
-    for model in config.models:
-        row = judge(model, config)
-        rows.append(row)
-        print(
-            f"{model}: {row['states']} states, {row['solvable']:.0%} solvable; area under the curve of V for "
-            f"solvability {row['auc']:.3f}, correlation with the best reward in reach {row['correlation']:.3f}"
-        )
+    rows = [judge(model, config) for model in config.models]
     runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
 
 
