@@ -51,7 +51,7 @@ COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": c
 
 def main() -> None:
     args = sys.argv[1:]
-    if args[:1] == ["--resume"]:
+    if "--resume" in args:
         run(COLLECTORS, args, "cispo")
     elif any(arg.startswith("--search") for arg in args):
         runs.fail("--method names the method here; --search belongs to ppo.py")

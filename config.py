@@ -5,7 +5,6 @@
 A preset is a Config; every field can be overridden, unknown ones are errors.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -85,6 +84,13 @@ class Config:
     value_gradient: bool = False  # let the value loss train the backbone too (the post)
     kl_coefficient: float = 0.05
 
+    # stopping early: `patience` steps in a row that are bad, guard.py says when
+    max_kl: float = 5.0  # nats a token; here runs that learn stay below 0.5, those that collapse reach 6
+    patience: int = 5
+
+    # keeping
+    checkpoints: int = 10  # along the run, from which --resume goes on
+
     # measuring
     evaluations: int = 10  # on the validation split along the run
     eval_problems: int = 200
@@ -108,7 +114,7 @@ class Config:
             problems=1, samples=1, max_tokens=1, inner_steps=1, train_problems=1, test_problems=1, test_samples=1,
             eval_problems=1, eval_samples=1, micro_batch_tokens=1, tokens=0, steps=0, lora_rank=0, warmup=0,
             evaluations=0, kl_coefficient=0, value_coefficient=0, learning_rate=0, value_learning_rate=0, seed=0,
-            gpu_memory=0, dump_trees=0,
+            gpu_memory=0, dump_trees=0, checkpoints=1, patience=1,
         )  # fmt: skip
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
@@ -117,7 +123,7 @@ class Config:
             raise ValueError("the run would never end: set tokens or steps above 0")
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"gae_lambda must be in [0, 1], not {self.gae_lambda}")
-        above_0 = "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap max_disagreement"
+        above_0 = "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap max_disagreement max_kl"
         for name in above_0.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -175,13 +181,7 @@ PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 prob
 def parse(args: list[str], method: str) -> tuple[Config, bool]:
     """The configuration of a run, and whether it goes on with an interrupted one."""
     if "--resume" in args:
-        if len(args) != 2 or args[0] != "--resume":
-            runs.fail("--resume RUN takes no other option: the run's own configuration is used")
-        saved = json.loads((Path(args[1]) / "config.json").read_text())
-        known = {f.name for f in fields(Config)}
-        saved = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}
-        saved |= {"out": Path(args[1]), "tree": SearchConfig(**saved["tree"])}
-        return Config(**saved), True
+        return resumed(args), True
     name = "qwen1.5b" if torch.cuda.is_available() else "tiny"
     for i, arg in enumerate(args):
         if arg == "--preset" or arg.startswith("--preset="):
@@ -190,3 +190,25 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     default = replace(PRESETS[name], search=method, loss="ppo" if method == "grpo" else PRESETS[name].loss)
     return runs.read_config(Config, args, default), False
+
+
+def resumed(args: list[str]) -> Config:
+    """The settings of an interrupted run; others, and a folder of another version, are refused without --force."""
+    at = args.index("--resume")
+    if len(args) == at + 1:
+        runs.fail("--resume needs the folder of a run")
+    folder = Path(args[at + 1])
+    options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
+    saved = runs.read_settings(folder)
+    tree = saved.get("tree") or {}
+    known, known_tree = ({f.name for f in fields(kind)} for kind in (Config, SearchConfig))
+    gone = sorted(saved.keys() - known - {"provenance"}) + [f"tree.{name}" for name in sorted(tree.keys() - known_tree)]
+    kept = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}
+    tree = SearchConfig(**{key: value for key, value in tree.items() if key in known_tree})
+    config = default = Config(**kept | {"out": folder, "tree": tree})
+    if options:
+        config = runs.read_config(Config, options, default)
+    differ = [f"{name} is no setting here" for name in gone] + differences(asdict(default), config)
+    if differ and "--force" not in args:
+        runs.fail(f"{folder} has other settings ({'; '.join(differ)}): --force goes on all the same")
+    return replace(config, out=folder)

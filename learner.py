@@ -10,12 +10,15 @@ the clip inert); trainable weights and optimiser state are fp32; the value loss 
 asked. How far sampler and trainer are apart is measured at every step, on that step's own samples.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
 from policy import Policy, batches
+from runs import Stopped
 from sampling import Trajectory
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -74,7 +77,8 @@ def update(
 ) -> dict[str, float]:
     """`inner_steps` optimiser steps on the trajectories. Returns the last one's means over tokens; how far the
     sampler's log-probabilities were from the trainer's before the first (`disagreement_mean`, `disagreement_max`);
-    and the tokens of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out."""
+    and the tokens of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out.
+    Stopped, before weights and optimiser are touched, where loss or gradient isn't finite."""
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
     if config.old_logprobs != "recorded":
         recompute(policy, trajectories, config, micro_tokens)
@@ -85,6 +89,9 @@ def update(
             sums |= {key: before[key] for key in ("disagreement_mean", "disagreement_max")}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient).item()
+        for name in ("policy_loss", "value_loss", "kl", "gradient_norm"):
+            if not math.isfinite(sums.get(name, 0.0)):
+                raise Stopped(f"{name} is {sums[name]} in update {policy.version + 1}, which was not made")
         optimizer.step()
     policy.version += 1
     if not sums["disagreement_mean"] <= config.max_disagreement:  # NaN warns too

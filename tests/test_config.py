@@ -42,6 +42,9 @@ from mcts import SearchConfig
         (dict(micro_batch_tokens=0), "micro_batch_tokens must be at least 1"),
         (dict(importance_cap=0.0), "importance_cap must be above 0"),
         (dict(max_disagreement=0.0), "max_disagreement must be above 0"),
+        (dict(max_kl=0.0), "max_kl must be above 0"),
+        (dict(patience=0), "patience must be at least 1"),
+        (dict(checkpoints=0), "checkpoints must be at least 1"),
         (dict(dtype="bfloat16"), "training all weights needs dtype float32"),
         (dict(sampler="vllm", quantize="nf4", lora_rank=8), "vLLM does not serve NF4 weights: set sampler to torch"),
         (dict(quantize="nf4"), "4-bit weights can't be trained: set lora_rank above 0, or quantize to none"),
@@ -85,12 +88,58 @@ def test_the_command_line_starts_from_a_preset_and_overrides_it(monkeypatch):
 
 def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
     """Prevents a resume under other settings, and one that fails on the versions and machine that config.json holds, on
-    a run of an earlier version (fields that are gone, fields that are new), or after the folder has moved."""
-    config = Config(seed=3, lora_rank=4, quantize="nf4", out="elsewhere", tree=SearchConfig(simulations=9))
-    saved = json.loads(json.dumps(asdict(config), default=str)) | {"provenance": {"torch": "2"}, "gone": 1}
-    del saved["old_logprobs"], saved["gpu_memory"]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert parse(["--resume", str(tmp_path)], "mcts") == (replace(config, out=tmp_path), True)
+    a run of an earlier version (fields that are new), or after the folder has moved."""
+    folder = save(tmp_path, lambda saved: saved.pop("gpu_memory"))
+    assert parse(["--resume", folder], "mcts") == (replace(SAVED, out=tmp_path), True)
+
+
+SAVED = Config(seed=3, lora_rank=4, quantize="nf4", out="elsewhere", tree=SearchConfig(simulations=9))
+
+
+def save(folder, change=lambda saved: None):
+    saved = json.loads(json.dumps(asdict(SAVED), default=str)) | {"provenance": {"torch": "2"}}
+    change(saved)
+    (folder / "config.json").write_text(json.dumps(saved))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "told", "forced"),
+    [
+        (lambda saved: None, ["--patience", "9"], "patience 5 there, 9 here", dict(patience=9)),
+        (
+            lambda saved: None,
+            ["--seed=4", "--no-strict"],
+            "seed 3 there, 4 here; strict True there, False here",
+            dict(seed=4, strict=False),
+        ),
+        (lambda saved: saved.update(gone=1), [], "gone is no setting here", {}),
+        (lambda saved: saved["tree"].update(old=1), [], "tree.old is no setting here", {}),
+    ],
+)
+def test_other_settings_for_a_resumed_run_need_force(tmp_path, capsys, change, options, told, forced):
+    """Prevents a run that changes under way by accident, one that can't change at all, and a traceback for a setting
+    that this version has no more."""
+    folder = save(tmp_path, change)
+    with pytest.raises(SystemExit) as stop:
+        parse([*options, "--resume", folder], "mcts")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {folder} has other settings ({told}): --force goes on all the same\n"
+    expected = replace(SAVED, out=tmp_path, **forced)
+    assert parse(["--force", "--resume", folder, *options], "mcts") == (expected, True)
+    assert parse(["--resume", save(tmp_path), "--seed", "3"], "mcts") == (replace(SAVED, out=tmp_path), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "holds no run: there is no"), ("", "is damaged"), ('{"seed": ', "is damaged"), ("[1]", "is damaged")],
+)
+def test_a_folder_that_is_no_run_can_not_be_resumed(tmp_path, text, message):
+    """Prevents a traceback for a mistyped or torn folder."""
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["--resume", str(tmp_path)], "mcts")
 
 
 def test_a_run_has_a_folder_of_its_own():

@@ -2,6 +2,9 @@
 in seconds."""
 
 import json
+import math
+import random
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -88,6 +91,7 @@ def toy(monkeypatch):
 
 TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds"}
 STEP = {"step", "generated", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
+STEP |= {"identical", "wrong_reward"}
 STEP |= {"policy_loss", "value_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
 STEP |= {"disagreement_mean", "disagreement_max", "micro_tokens"}
 EVAL = {"eval_mean", "eval_pass", "eval_reward", "eval_parsed", "eval_k"}
@@ -185,27 +189,132 @@ def test_a_seed_decides_a_whole_run(toy, tiny_config, tmp_path):
 )
 def test_a_resumed_run_ends_like_an_uninterrupted_one(toy, tiny_config, tmp_path, method, rank, optimizer):
     """Prevents a resume that loses optimiser state, value head, random stream, counters or metrics."""
-    settings = dict(search=method, lora_rank=rank, optimizer=optimizer, tokens=0, steps=4, evaluations=2)
-    settings |= dict(learning_rate=1e-3)
-    train(tiny_config(out=tmp_path / "a", **settings), COLLECTORS[method])
+    settings = dict(search=method, lora_rank=rank, optimizer=optimizer, tokens=0, steps=4, evaluations=1)
+    settings |= dict(learning_rate=1e-3, checkpoints=2)
     calls = []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
+        return noisy(*args)
+
+    def noisy(*args):
+        random.random(), np.random.rand(), torch.rand(1)
         return COLLECTORS[method](*args)
 
+    train(tiny_config(out=tmp_path / "a", **settings), noisy)
+    streams = random.random(), np.random.rand(), torch.rand(1)
     config = tiny_config(out=tmp_path / "b", **settings)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     assert [row["step"] for row in read_metrics(tmp_path / "b")] == [0, 1, 2, 3]
     assert json.loads((tmp_path / "b" / "checkpoint" / "state.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "b" / "checkpoint.old" / "state.json").read_text())["step"] == 0
     resumed, resume = parse(["--resume", str(tmp_path / "b")], method)
     assert (resumed, resume) == (config, True)
-    train(resumed, COLLECTORS[method], resume)
-    assert_close(weights(tmp_path / "b" / "policy"), weights(tmp_path / "a" / "policy"), atol=0, rtol=0)
+    train(resumed, noisy, resume)
+    for folder in ("policy", "best", "checkpoint"):
+        assert_close(weights(tmp_path / "b" / folder), weights(tmp_path / "a" / folder), atol=0, rtol=0)
     assert history(tmp_path / "b") == history(tmp_path / "a")
+    assert (random.random(), np.random.rand(), torch.rand(1)) == streams
+
+
+def test_a_finished_run_is_left_as_it_is(toy, tiny_config, capsys):
+    """Prevents a second final test, which would change a published result's file."""
+    config = tiny_config(search="none", tokens=0, steps=1)
+    train(config, collect_samples)
+    before = (config.folder / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    ppo.run(ppo.COLLECTORS, ["--resume", str(config.folder)], "mcts")
+    assert capsys.readouterr().out == f"{config.folder} is finished: nothing is left to do\n"
+    assert (config.folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_killed_in_its_final_test_does_that_test_only(toy, tiny_config, monkeypatch):
+    """Prevents a run without a result, and one that trains beyond its budget."""
+    config = tiny_config(search="none", tokens=0, steps=2)
+    train(config, collect_samples)
+    whole = history(config.folder)
+    lines = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (config.folder / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:-9])
+    train(config, lambda *_: pytest.fail("trained on"), resume=True)
+    assert history(config.folder) == whole
+
+
+def test_forced_settings_hold_after_a_resume(toy, tiny_config):
+    """Prevents --learning-rate from being overruled by what the optimiser's checkpoint remembers."""
+    config = tiny_config(search="none", tokens=0, steps=2, checkpoints=2)
+
+    def interrupted(policy, sampler, problems, config, rng):
+        if policy.version == 1:
+            raise KeyboardInterrupt
+        return collect_samples(policy, sampler, problems, config, rng)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupted)
+    kept = weights(config.folder / "checkpoint")
+    args = ["--resume", str(config.folder), "--learning-rate", "0", "--value-learning-rate", "0", "--force"]
+    train(parse(args, "none")[0], collect_samples, resume=True)
+    assert_close(weights(config.folder / "policy"), kept, atol=0, rtol=0)
+    assert parse(["--resume", str(config.folder)], "none")[0].learning_rate == 0
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, monkeypatch, capsys):
+    """Prevents a run whose weights are NaN, and one that ends in a traceback."""
+    config = tiny_config(search="none", tokens=0, steps=4, checkpoints=4)
+
+    def poisoned(policy, *rest):
+        rows, usage, info = collect_samples(policy, *rest)
+        if policy.version == 2:
+            rows[0].logprobs[0] = math.nan
+        return rows, usage, info
+
+    monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
+    with pytest.raises(SystemExit) as stop:
+        runs.command(lambda: ppo.run({"none": poisoned}, [], "none"))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 3 and re.fullmatch(
+        r"error: \w+ is (nan|inf|-inf) in update 3, which was not made; .*", told
+    )
+    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2]
+    state = json.loads((config.folder / "checkpoint" / "state.json").read_text())
+    assert state["step"] == 2 and all(w.isfinite().all() for w in weights(config.folder / "checkpoint")[0].values())
+
+
+def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config):
+    """Prevents the rest of a budget spent on a policy that is lost, and its last good checkpoint overwritten."""
+    config = tiny_config(search="none", tokens=0, steps=9, checkpoints=9, max_kl=1e-9, patience=2, learning_rate=1e-3)
+    with pytest.raises(runs.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
+        train(config, collect_samples)  # of the first step the policy is its own reference
+    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
+    assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
+    with pytest.raises(runs.Stopped, match="step 3"):
+        train(config, collect_samples, resume=True)
+    train(replace(config, max_kl=9.0), collect_samples, resume=True)
+    assert [row["step"] for row in read_metrics(config.folder)] == [0, *range(1, 10), 9]
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
+    """Prevents an interrupted run that is begun anew because nobody knew better."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    config = tiny_config(search="none")
+    monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
+    monkeypatch.setattr("sys.argv", ["/somewhere/ppo.py"])
+    with pytest.raises(SystemExit) as stop:
+        runs.command(lambda: ppo.run({"none": interrupted}, [], "none"))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; to go on: python ppo.py --resume {config.folder}\n")
+
+
+def test_trees_are_named_by_their_step(tiny_config):
+    """Prevents the trees of a step that brought no trajectories from being overwritten by the next step's."""
+    config = tiny_config(tokens=0, steps=3, dump_trees=1)
+    train(config, lambda *args: ([], *collect_mcts(*args)[1:]))
+    assert sorted(path.name for path in (config.folder / "trees").iterdir()) == [f"{i:06d}.json" for i in range(3)]
 
 
 def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monkeypatch, capsys):
@@ -223,7 +332,7 @@ def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monke
 
     learner_batch_loss = learner.batch_loss
     monkeypatch.setattr(learner, "batch_loss", on_a_small_gpu)
-    config = tiny_config(search="none", micro_batch_tokens=80, tokens=0, steps=4, evaluations=2)
+    config = tiny_config(search="none", micro_batch_tokens=80, tokens=0, steps=4, checkpoints=2)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     assert capsys.readouterr().out.count("warning: out of GPU memory with 80 tokens in a micro-batch") == 1
@@ -258,9 +367,8 @@ def test_progress_is_the_share_of_the_budget_that_ends_first(limits, state, shar
         (["--preset", "tiny", "--tree.children", "0"], "children must be at least 1"),
         (["--preset", "tiny", "--problems", "0"], "problems must be at least 1"),
         (["--preset", "tiny", "--search", "cispo"], "this program runs mcts, none, not 'cispo'"),
-        (["--resume"], "--resume RUN takes no other option"),
-        (["--resume", "there", "--seed", "1"], "--resume RUN takes no other option"),
-        (["--resume", "/no/such/run"], "/no/such/run"),
+        (["--resume"], "--resume needs the folder of a run"),
+        (["--resume", "/no/such/run"], "/no/such/run holds no run"),
     ],
 )
 def test_a_bad_command_is_one_line_and_exit_code_2(args, message, capsys):

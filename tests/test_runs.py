@@ -3,13 +3,19 @@
 import io
 import json
 import re
+import resource
+import shutil
+import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runs
@@ -44,14 +50,21 @@ def rows(steps):
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path / "runs" / "one", Settings())
-    for row in rows(range(4)):
-        run.log(row)
-    return run
+    with Run(tmp_path / "runs" / "one", Settings()) as run:
+        for row in rows(range(4)):
+            run.log(row)
+        yield run
 
 
 def saver(text):
     return lambda folder: (folder / "weights").write_text(text)
+
+
+def resumed(run):
+    """What a new process finds: the checkpoint's weights (None: no checkpoint) and state."""
+    run.lock.release()
+    with Run(run.folder, Settings(), resume=True) as again:
+        return again.restored and (again.restored / "weights").read_text(), again.state
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -103,10 +116,10 @@ def test_help_is_not_an_error(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [(ValueError("no model"), 2, "error: no model\n"), (OSError("no disk"), 2, "error: no disk\n")]
-    + [(KeyboardInterrupt(), 130, "")],
+    + [(runs.Stopped("collapsed"), 3, "error: collapsed\n"), (KeyboardInterrupt(), 130, "")],
 )
 def test_expected_failures_end_a_program_without_traceback(error, code, line, capsys):
-    """Prevents tracebacks for bad input and Ctrl-C."""
+    """Prevents tracebacks for bad input and Ctrl-C, and a collapsed run that a script takes for a bad command."""
 
     def main():
         raise error
@@ -157,19 +170,44 @@ def test_provenance_works_outside_a_repository(monkeypatch):
 
 
 def test_a_new_run_refuses_a_folder_that_holds_one(run):
-    """Prevents two runs mixed in one folder."""
+    """Prevents two runs mixed in one folder, and a resumed run that forgets where it was made."""
+    run.lock.release()
     with pytest.raises(ValueError, match=f"already holds a run: pass --resume {run.folder}"):
         Run(run.folder, Settings())
-    assert read_metrics(run.folder) == rows(range(4))
-    Run(run.folder, Settings(rate=9), resume=True).log({"step": 4})
-    assert len(read_metrics(run.folder)) == 5 and '"rate": 0.1' in (run.folder / "config.json").read_text()
+    run.checkpoint(saver("first"), {"step": 3})
+    made = json.loads((run.folder / "config.json").read_text())["provenance"]
+    with Run(run.folder, Settings(rate=9), resume=True) as again:
+        again.log({"step": 4})
+    assert read_metrics(run.folder) == [*rows(range(4)), {"step": 4}]
+    saved = json.loads((run.folder / "config.json").read_text())
+    assert (saved["rate"], saved["provenance"]) == (9, made)
+
+
+def test_two_processes_never_write_to_one_run(run):
+    """Prevents metrics and checkpoints of two processes mixed up, and a lock that a failed start keeps."""
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=f"another process is writing to {run.folder}"):
+            Run(run.folder, Settings(), resume)
+    run.lock.release()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="already holds a run"):
+            Run(run.folder, Settings())
 
 
 def test_metrics_reach_tensorboard(run):
-    """Prevents an empty dashboard."""
+    """Prevents an empty dashboard, and one that shows steps twice after --resume."""
+
+    def shown():
+        return [(event.step, event.value) for event in EventAccumulator(str(run.folder)).Reload().Scalars("reward")]
+
+    run.checkpoint(saver("first"), {"step": 1})
     run.board.flush()
-    board = EventAccumulator(str(run.folder)).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("reward")] == [(s, s / 4) for s in range(4)]
+    assert shown() == [(step, step / 4) for step in range(4)]
+    time.sleep(1)  # its files are read in the order of the seconds in their names
+    run.lock.release()
+    with Run(run.folder, Settings(), resume=True) as again:
+        again.log({"step": 2, "reward": 9.0})
+    assert shown() == [(0, 0), (1, 0.25), (2, 9)]
 
 
 @given(st.data())
@@ -181,45 +219,189 @@ def test_a_torn_last_line_costs_that_line_only(run, data):
     assert read_metrics(run.folder) == rows(range(4))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_while_metrics_are_written_is_one_line(run):
+    """Prevents a traceback, or a run that goes on without its metrics."""
+    run.metrics.unlink()
+    run.metrics.symlink_to("/dev/full")
+    told = r"metrics.jsonl can't be written \(No space left on device\); the last checkpoint is kept$"
+    with pytest.raises(OSError, match=told):
+        run.log({"step": 4})
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    """Prevents a traceback where nothing can be written."""
+
+    def refuse(path, *_, **__):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(SystemExit):
+        runs.command(lambda: Run(tmp_path / "run", Settings()))
+    assert capsys.readouterr().err == f"error: [Errno 30] Read-only file system: '{tmp_path / 'run'}'\n"
+
+
+def test_ctrl_c_waits_for_a_write_in_progress(run):
+    """Prevents half a checkpoint at Ctrl-C, and a Ctrl-C that is forgotten."""
+
+    def interrupted(folder):
+        signal.raise_signal(signal.SIGINT)
+        saver("whole")(folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.checkpoint(interrupted, {"step": 3})
+    assert resumed(run) == ("whole", {"step": 3})
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_restore_gives_the_newest_checkpoint_and_drops_what_came_after(run):
+def test_a_run_goes_on_from_the_newest_checkpoint_and_drops_what_came_after(run):
     """Prevents an old checkpoint from being used, and steps from being counted twice in the metrics."""
     run.checkpoint(saver("first"), {"step": 1})
     run.checkpoint(saver("second"), {"step": 2, "seconds": 0.5})
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "rew')
-    folder, state = Run(run.folder, Settings(), resume=True).restore()
-    assert ((folder / "weights").read_text(), state) == ("second", {"step": 2, "seconds": 0.5})
+    assert resumed(run) == ("second", {"step": 2, "seconds": 0.5})
     assert read_metrics(run.folder) == rows(range(3))
-    assert not [path for path in run.folder.iterdir() if path.suffix in (".new", ".old")]
+    assert {path.name for path in run.folder.iterdir() if path.is_dir()} == {"checkpoint", "checkpoint.old"}
 
 
-def test_a_crash_while_saving_keeps_the_last_checkpoint(run):
-    """Prevents the loss of a long run to a crash in the middle of a checkpoint."""
+def test_of_other_folders_no_old_one_is_kept(run):
+    """Prevents a disk that fills up with policies nobody asked for."""
+    for text in ("first", "second"):
+        run.publish("best", saver(text))
+    assert (run.folder / "best" / "weights").read_text() == "second"
+    assert {path.name for path in run.folder.iterdir() if path.is_dir()} == {"best"}
+
+
+def test_a_kill_at_any_moment_of_a_checkpoint_loses_none(run, monkeypatch):
+    """Prevents a moment in which no whole checkpoint is found: the process ends before each change of the disk."""
+
+    class Killed(BaseException):
+        pass
+
+    def fatal(name, function):
+        def call(*args, **options):
+            left.pop()
+            if not left:
+                raise Killed(name)
+            return function(*args, **options)
+
+        return call
+
+    run.checkpoint(saver("0"), {"step": 0})
+    moments, found = [], []
+    for survived in range(1, 50):
+        left = [None] * survived
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
+                patch.setattr(owner, name, fatal(name, getattr(owner, name)))
+            patch.setattr(runs, "sync", fatal("sync", runs.sync))
+            try:
+                run.checkpoint(saver(str(survived)), {"step": survived})
+            except Killed as moment:
+                moments.append(str(moment))
+        text, state = resumed(run)
+        assert text == str(state["step"])
+        found.append(state["step"])
+        if left:
+            break
+    assert {"mkdir", "rename", "write_text", "rmtree", "sync"} == set(moments)
+    assert found == sorted(found) and found[-1] == survived and not (run.folder / "checkpoint.damaged").exists()
+
+
+def spoil(name, how):
+    return lambda folder: (folder / name).write_bytes(how((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        spoil("weights", lambda data: data[:-1]),
+        spoil("weights", lambda data: b""),
+        spoil("weights", lambda data: bytes([data[0] ^ 1]) + data[1:]),
+        spoil("state.json", lambda data: data.replace(b"2", b"3")),
+        spoil(runs.SUMS, lambda data: b""),
+        spoil(runs.SUMS, lambda data: data.splitlines(keepends=True)[0]),
+        spoil(runs.SUMS, lambda data: b"\xff" + data),
+        lambda folder: (folder / "weights").unlink(),
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(run, damage, capsys):
+    """Prevents a run that goes on from half a file, or not at all, or says nothing; and the whole one's loss."""
     run.checkpoint(saver("first"), {"step": 1})
+    run.checkpoint(saver("second"), {"step": 2})
+    damage(run.folder / "checkpoint")
+    assert resumed(run) == ("first", {"step": 1})
+    told = capsys.readouterr().out
+    assert told.startswith(f"warning: {run.folder}/checkpoint is damaged") and told.count("\n") == 1
+    assert read_metrics(run.folder) == rows(range(2))
+    run.checkpoint(saver("third"), {"step": 2})
+    assert resumed(run) == ("third", {"step": 2})
+    spoil("weights", lambda data: b"x")(run.folder / "checkpoint")
+    assert resumed(run) == ("first", {"step": 1})
 
-    def crash(folder):
-        saver("half")(folder)
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        run.checkpoint(crash, {"step": 2})
-    assert run.restore() == (run.folder / "checkpoint", {"step": 1})
+def test_a_run_without_a_whole_checkpoint_is_refused_and_one_without_any_begins_again(run, capsys):
+    """Prevents hours of training that start from nothing without a word."""
+    run.checkpoint(saver("first"), {"step": 1})
+    spoil("weights", lambda data: b"")(run.folder / "checkpoint")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"no checkpoint in {run.folder} is whole"):
+            resumed(run)
+    assert read_metrics(run.folder) == rows(range(4))
+    shutil.rmtree(run.folder / "checkpoint")
+    assert resumed(run) == (None, {}) and read_metrics(run.folder) == []
+    assert capsys.readouterr().out == f"{run.folder} has no checkpoint yet: from the start\n"
+
+
+def test_checkpoints_of_an_earlier_version_are_read(run):
+    """Prevents a run begun before checksums from being lost."""
+    for name in ("checkpoint", "checkpoint.old"):
+        (run.folder / name).mkdir()
+        saver(name)(run.folder / name)
+        (run.folder / name / "state.json").write_text('{"step": 1}')
+    assert resumed(run) == ("checkpoint", {"step": 1})
+    (run.folder / "checkpoint" / "state.json").unlink()
+    assert resumed(run) == ("checkpoint.old", {"step": 1})
+
+
+def test_other_settings_than_the_checkpoints_are_told(run, capsys):
+    """Prevents a config.json edited by hand, or a checkpoint of another run, from passing in silence."""
+    run.checkpoint(saver("first"), {"step": 1})
+    run.lock.release()
+    for settings in (Settings(out=Path("moved")), Settings(rate=3.0)):
+        with Run(run.folder, settings, resume=True) as again:
+            assert again.state == {"step": 1}
+    assert capsys.readouterr().out == f"note: {run.folder}/checkpoint was written with other settings\n"
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda file: file.write_bytes(bytes(2**20)),
+        lambda file: torch.save(torch.zeros(2**18), file),
+        lambda file: save_file({"weights": torch.zeros(2**18)}, file),
+    ],
+    ids=["bytes", "torch", "safetensors"],
+)
+def test_a_full_disk_while_saving_is_one_line_and_keeps_the_last_checkpoint(run, save):
+    """Prevents the loss of a long run to a full disk, and a traceback of torch's for it."""
+    run.checkpoint(saver("first"), {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # longer files fail, as on a full disk
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint.new can't be written \(.+\); the last checkpoint is kept$"
+        ) as told:
+            run.checkpoint(lambda folder: save(folder / "weights"), {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(told.value)
+    assert resumed(run) == ("first", {"step": 1})
     run.checkpoint(saver("third"), {"step": 3})
-    assert (run.restore()[0] / "weights").read_text() == "third"
-
-
-def test_a_crash_between_two_renames_keeps_a_checkpoint(run):
-    """Prevents a moment in which no checkpoint is found."""
-    run.checkpoint(saver("first"), {"step": 1})
-    (run.folder / "checkpoint").rename(run.folder / "checkpoint.old")
-    folder, state = run.restore()
-    assert ((folder / "weights").read_text(), state) == ("first", {"step": 1})
-
-
-def test_a_run_without_checkpoint_says_so(run):
-    """Prevents a traceback where nothing was saved yet."""
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
-        run.restore()
+    assert resumed(run) == ("third", {"step": 3})

@@ -1,0 +1,55 @@
+"""Tests of guard.py: runs that collapsed are stopped, runs that learn never are."""
+
+from pathlib import Path
+
+import pytest
+
+import runs
+from config import Config
+from guard import Guard
+
+RESULTS = Path(__file__).parents[1] / "results"
+COLLAPSED = {"rates/mcts-lr1e-3": 26, "tune/cispo-lr3e-3-knob0": 28}  # and the step after which they are stopped
+
+
+@pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl")), ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
+    """Prevents a limit that stops a run that learns, and one that lets a lost run spend its budget."""
+    guard = Guard(Config().max_kl, Config().patience)
+    stopped = [row["step"] for row in runs.read_metrics(run.parent) if guard.check(row)]
+    assert stopped[:1] == [step for name, step in COLLAPSED.items() if run.parent.match(name)]
+
+
+def rows(*parsed, kl=0.0):
+    return [{"parsed": share, "kl": kl} for share in parsed]
+
+
+@pytest.mark.parametrize(
+    ("steps", "stopped"),
+    [
+        (rows(1, 0, 0, 0), 3),
+        (rows(0.6, 0.3, 0, 0, 0), 4),
+        (rows(*[0] * 9), None),  # a model that has never known the format
+        (rows(0.5, *[0] * 9), None),
+        (rows(1, 0, 0, 0.02, 0, 0), None),
+        (rows(*[1] * 9, kl=4.9), None),
+        (rows(*[1] * 9, kl=5.1), 2),
+        (rows(*[0] * 9, kl=5.1), 2),
+        (rows(1, 1, kl=9) + rows(1, 1) + rows(1, 1, kl=9), None),  # outliers
+        (rows(1, 0, 0) + [{"trajectories": 0}, {"test_parsed": 0.0}] + rows(0), 5),  # no news
+        ([{"parsed": 1.0}] * 9, None),  # no KL is measured
+    ],
+)
+def test_a_run_stops_after_three_bad_steps_in_a_row(steps, stopped):
+    """Prevents a stop for one outlier, for a format that was never known, or never."""
+    guard = Guard(max_kl=5.0, patience=3)
+    assert next((i for i, row in enumerate(steps) if guard.check(row)), None) == stopped
+
+
+def test_the_reason_is_told():
+    """Prevents a stop that nobody understands."""
+    guard = Guard(max_kl=5.0, patience=2, knew=True)
+    assert [guard.check(row) for row in rows(0, 0, kl=6.54)] == [
+        "",
+        "collapsed, 2 bad steps in a row: KL 6.5 nats a token, --max-kl 5; no answer has the format any more",
+    ]
