@@ -4,7 +4,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test test-vllm fuzz study bench lab smollm2 doctor clean
+.PHONY: run test test-vllm fuzz crash-test long-haul study bench lab smollm2 doctor clean
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
@@ -27,6 +27,14 @@ study: .venv/installed
 	$(BIN)/python study.py tune
 	$(BIN)/python study.py rates
 	$(BIN)/python study.py compare
+
+# 20 runs killed at random moments and resumed, held against one that was left alone
+crash-test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.crash_test $(ARGS)
+
+# 2,000 steps with an eye on memory and open files
+long-haul: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.long_haul $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed $(ARGS)
