@@ -1,0 +1,74 @@
+"""Does a long run stay as small as it began? Memory and open files along 2,000 steps of search and distillation.
+
+    python -m benchmarks.long_haul                 # make long-haul; prints a table, fails if something grows
+
+The steps are small but whole: search, update, metrics, and along the way evaluations, checkpoints and trees. Linux, by
+/proc. The first tenth is warm-up; after it the largest resident size must stay within 5 % of the first one.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ppo
+import runs
+from config import Config
+from mcts import SearchConfig
+
+GROWTH = 0.05
+
+
+@dataclass
+class LongHaul:
+    """Run many small steps and watch memory and open files."""
+
+    steps: int = 2_000
+    rows: int = 20  # of the table
+    out: Path = Path("runs/long-haul")
+
+
+def resident() -> float:
+    """Memory of this process in MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def watch(collect: Callable[..., ppo.Collected], every: int, found: list[tuple[float, int]]) -> Callable:
+    """The collector, with a row of the table before every `every`-th step."""
+    began = time.perf_counter()
+
+    def watched(policy, *rest):
+        if policy.version % every == 0:
+            found.append((resident(), len(os.listdir("/proc/self/fd"))))
+            memory, files = found[-1]
+            seconds = time.perf_counter() - began
+            print(f"| {policy.version} | {memory:.1f} | {files} | {seconds:.0f} |", flush=True)
+        return collect(policy, *rest)
+
+    return watched
+
+
+def main() -> None:
+    bench = runs.read_config(LongHaul)
+    if bench.steps < bench.rows or bench.rows < 10:
+        runs.fail("rows must be at least 10, and steps at least rows")
+    shutil.rmtree(bench.out, ignore_errors=True)
+    config = Config(
+        out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
+        evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,
+        checkpoints=bench.rows, learning_rate=1e-5, tree=SearchConfig(simulations=4, children=2, prior="sum"),
+    )  # fmt: skip
+    found: list[tuple[float, int]] = []
+    print("| step | MiB | open files | seconds |\n|---|---|---|---|", flush=True)
+    ppo.train(config, watch(ppo.collect_mcts, bench.steps // bench.rows, found))
+    memory, files = zip(*found[len(found) // 10 :])
+    growth = max(memory) / memory[0] - 1
+    print(f"\nafter warm-up: memory {growth:+.1%}, open files {max(files) - files[0]:+d}")
+    if growth > GROWTH or max(files) > files[0]:
+        runs.fail(f"memory grew by more than {GROWTH:.0%}, or files were left open")
+
+
+if __name__ == "__main__":
+    runs.command(main)
