@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import parts
 import policy as module
-import ppo
 import sampling
 from config import Config, parse
 from learner import make_optimizer, update
@@ -116,7 +116,7 @@ def test_the_whole_loop_trains_what_it_should_and_its_policy_loads_anywhere(
         kept.append((policy, {name: p.detach().clone() for name, p in policy.named_parameters()}))
         return policy
 
-    monkeypatch.setattr(ppo, "load_policy", loads)
+    monkeypatch.setattr(parts, "load_policy", loads)
     config = qwen_config(kind)
     train(config, collect_mcts)
     ((policy, before),) = kept

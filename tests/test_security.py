@@ -52,7 +52,13 @@ def refused(main, sprung, capsys):
 
 @pytest.mark.parametrize(
     ("rank", "name"),
-    [(0, "optimizer.pt"), (0, "model.safetensors"), (0, VALUE_HEAD), (2, "adapter_model.safetensors")],
+    [
+        (0, "optimizer.pt"),
+        (0, "random.pt"),
+        (0, "model.safetensors"),
+        (0, VALUE_HEAD),
+        (2, "adapter_model.safetensors"),
+    ],
 )
 def test_a_hostile_checkpoint_is_refused(trap, tiny_config, capsys, rank, name):
     """Prevents --resume of somebody's run from running their code, and a traceback."""
@@ -60,6 +66,7 @@ def test_a_hostile_checkpoint_is_refused(trap, tiny_config, capsys, rank, name):
     ppo.train(config, ppo.collect_samples)
     file = config.folder / "checkpoint" / name
     file.write_bytes(trap[0])
+    (config.folder / "checkpoint" / runs.SUMS).unlink()  # as in an earlier version's; others would be found damaged
     told = refused(lambda: ppo.train(config, ppo.collect_samples, resume=True), trap[1], capsys)
     assert told.startswith(f"error: {file} can't be read as plain tensors")
 
