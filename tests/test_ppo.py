@@ -23,9 +23,9 @@ from countdown import Reward
 from loading import load_policy
 from mcts import SearchConfig
 from policy import Policy
-from ppo import collect_mcts, collect_samples, progress, train
+from ppo import collect_mcts, collect_samples, progress, summarize, train
 from runs import read_metrics
-from sampling import TorchSampler, Usage
+from sampling import TorchSampler, Trajectory, Usage
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
 
@@ -73,6 +73,23 @@ def test_plain_sampling_is_one_whole_completion_a_problem(moved, problems, tiny_
     assert [t.problem for t in found[0]] == problems
     assert all(len(t.completion) == 8 or t.completion[-1] in moved.stop_ids for t in found[0])
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("answers", "identical", "wrong"),
+    [
+        ([([1, 2], 1.0), ([1, 3], 1.0)], 0.0, None),
+        ([([1, 2], 1.0), ([1, 2], 0.5), ([1, 2], -1.0), ([4], 0.0)], 0.5, -1 / 6),
+    ],
+)
+def test_a_policy_that_repeats_itself_or_earns_without_being_right_is_seen(problems, answers, identical, wrong):
+    """Prevents a collapse onto one answer, or a reward that is cheated, from hiding behind a good mean reward."""
+    found = [
+        Trajectory(problem, [0], answer, [], Reward(value, value == 1, True, ""), 0, "")
+        for problem, (answer, value) in zip(problems, answers)
+    ]
+    row = summarize(found)
+    assert (row["identical"], row.get("wrong_reward")) == (identical, wrong if wrong is None else pytest.approx(wrong))
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
