@@ -45,6 +45,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
+    reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
     failures: bool = True  # distil wrong answers too; off: they teach the critic alone
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
@@ -104,6 +105,7 @@ class Config:
     def __post_init__(self):
         for name, choices in dict(
             preset=tuple(PRESETS), search=METHODS, split=("multiset", "post"), distill=tuple(LESSONS),
+            reward=("dense", "exact"),
             sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
             optimizer=("adamw", "paged-adamw8bit"), old_logprobs=("recorded", "recomputed", "truncated"),
             schedule=("linear", "constant"), loss=("cispo", "ppo"), normalize=("sequence", "token"),

@@ -12,7 +12,7 @@ shared, and every generated and prefilled token is counted.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import explorer
 import runs
 from config import Config, parse
-from countdown import Problem
+from countdown import Problem, Reward
 from distill import LESSONS
 from evaluate import Score
 from guard import Guard
@@ -43,7 +43,7 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
     prompts = [policy.encode(problem) for problem in problems]
 
     def grade(problem, completion):
-        return policy.grade(problem, completion, config.strict)
+        return shape(policy.grade(problem, completion, config.strict), config)
 
     settings = config.search_config
     trees, usage = search(problems, prompts, sampler, sampler.values, grade, settings, seeds)
@@ -80,9 +80,17 @@ def collect_samples(policy: Policy, sampler: Sampler, problems: list[Problem], c
 def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple[list[list[Trajectory]], Usage]:
     """`n` graded completions of each problem, as the run's settings say."""
     seeds = rng.integers(2**63, size=len(problems)).tolist()
-    return complete(
+    rows, usage = complete(
         policy, sampler, problems, n, seeds, config.max_tokens, config.temperature, config.search, config.strict
     )
+    for trajectory in (t for row in rows for t in row):
+        trajectory.reward = shape(trajectory.reward, config)
+    return rows, usage
+
+
+def shape(reward: Reward, config: Config) -> Reward:
+    """The verifier's reward, or with `config.reward` "exact" 1 for a right answer and -1 for all others."""
+    return replace(reward, value=1.0 if reward.correct else -1.0) if config.reward == "exact" else reward
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -2,7 +2,7 @@
 
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
-    python study.py targets    # what a tree may teach (distill.py), the same budget, validation
+    python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # the methods with what was chosen, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
 
@@ -47,11 +47,15 @@ KNOBS = {
 RATES = ("1e-4", "3e-4", "1e-3")
 CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md); of the knobs, the first
 TARGETS = {
-    **{name: f"--distill {name}" for name in LESSONS if name != "best-path"},
-    "right-only": "--no-failures",
-    "best-path-tree-right-only": "--distill best-path-tree --no-failures",
-    "best-path-tree-backbone": "--distill best-path-tree --value-gradient",
-    "backbone": "--value-gradient",
+    "mcts": {
+        **{name: f"--distill {name}" for name in LESSONS if name != "best-path"},
+        "right-only": "--no-failures",
+        "best-path-tree-right-only": "--distill best-path-tree --no-failures",
+        "best-path-tree-backbone": "--distill best-path-tree --value-gradient",
+        "backbone": "--value-gradient",
+        "exact": "--reward exact",
+    },
+    **{method: {"right-only": "--no-failures", "exact": "--reward exact"} for method in ("best-of-n", "cispo", "none")},
 }
 ABLATIONS = {
     "uct": "--tree.selection uct",
@@ -104,8 +108,10 @@ def rates(config: StudyConfig) -> Jobs:
 
 
 def targets(config: StudyConfig) -> Jobs:
-    for name, options in TARGETS.items():
-        yield name, f"{PROGRAMS['mcts']} --learning-rate {CHOSEN['mcts']} {options} {BUDGET} {VALIDATE}"
+    for method in filter(TARGETS.get, config.methods):
+        for name, options in TARGETS[method].items():
+            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][0]} {options} {BUDGET} {VALIDATE}"
+            yield f"{method}-{name}", f"{PROGRAMS[method]} {options}"
 
 
 def compare(config: StudyConfig) -> Jobs:
@@ -121,12 +127,6 @@ def ablate(config: StudyConfig) -> Jobs:
 
 
 STAGES = {"tune": tune, "rates": rates, "targets": targets, "compare": compare, "ablate": ablate}
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run has come to its end, the final policy and test."""
-    rows = runs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
@@ -145,10 +145,10 @@ def check(folder: Path, command: list[str]) -> None:
 def run(name: str, command: str, config: StudyConfig) -> None:
     """Do one run, or what is left of it. RuntimeError with the program's last line if it fails."""
     folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
-    if finished(kept):
+    if runs.finished(kept):
         return
     program, *options = command.split()
-    if not finished(folder):
+    if not runs.finished(folder):
         if any((folder / checkpoint).is_dir() for checkpoint in ("checkpoint", "checkpoint.old")):
             options = ["--resume", str(folder)]
         else:

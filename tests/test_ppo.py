@@ -158,6 +158,24 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
     assert f"{method} (tiny, seed 0), 16 held-out problems" in printed and "12 steps" in printed
 
 
+@pytest.mark.parametrize("method", COLLECTORS)
+def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_config, monkeypatch, method):
+    """Prevents one method that is still paid for near misses where the others are not."""
+
+    def near(self, problem, completion, strict=True):
+        return Reward(0.5, False, True, "near") if completion[0] % 2 else Reward(1.0, True, True, "right")
+
+    monkeypatch.setattr(Policy, "grade", near)
+    for name, values in {"dense": {0.5, 1.0}, "exact": {-1.0, 1.0}}.items():
+        config = tiny_config(reward=name, distill="answers" if method == "mcts" else "best-path")
+        found, _, _ = COLLECTORS[method](moved, TorchSampler(moved), problems * 8, config, np.random.default_rng(0))
+        assert {t.reward.value for t in found} <= values and all(
+            t.reward.correct == (t.reward.value == 1) for t in found
+        )
+        if method in ("cispo", "grpo", "none"):
+            assert {t.reward.value for t in found} == values
+
+
 @pytest.mark.parametrize("method", ["mcts", "best-of-n", "none"])
 def test_failures_that_are_not_distilled_teach_the_critic_alone(tiny_config, checkpoint, method):
     """Prevents wrong answers from moving a policy that is to see right ones only (a random model has none)."""
