@@ -60,7 +60,7 @@ class Config:
     optimizer: str = "adamw"  # adamw, paged-adamw8bit (a quarter of the state, moved to the CPU when memory is short)
     gradient_checkpointing: bool = False  # recompute layers in the backward pass
     gpu_memory: float = 0.0  # GB (2**30 bytes) that the run may take, 8, 12, 16, 24 …; 0: what the GPU has
-    micro_batch_tokens: int = 16_384  # tokens in one forward and backward pass, fewer where memory is short
+    micro_batch_tokens: int = 4_096  # tokens in one forward and backward pass, fewer where memory is short
 
     # learning
     learning_rate: float = 3e-4
@@ -149,11 +149,11 @@ class Config:
 
 
 def settings(saved: dict) -> dict:
-    """The settings in a config.json, flat, folder and machine aside: a field that was not there yet had its default,
+    """The settings in a config.json that decide a run's result, flat: a field that was not there yet had its default,
     and a model is known by its name, wherever its folder lies."""
     whole = asdict(Config()) | saved
     tree = asdict(TINY_TREE) | saved.get("tree", {})
-    kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ("tree", "out")}
+    kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ("tree", "out", "micro_batch_tokens")}
     return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
 
 
@@ -171,11 +171,11 @@ QWEN = dict(
 PRESETS["tiny"] = Config()
 PRESETS["qwen1.5b"] = Config(
     preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
-    clip_gradient=0.1, eval_temperature=0.2, micro_batch_tokens=4_096, tree=SearchConfig(simulations=64),
+    clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),
 )  # fmt: skip
 PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 problems a step, 1,600 simulations each
     preset="post", **QWEN, tokens=0, steps=2_048, problems=16, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
-    clip_gradient=0.1, warmup=0, value_gradient=True, eval_temperature=0.2, micro_batch_tokens=4_096,
+    clip_gradient=0.1, warmup=0, value_gradient=True, eval_temperature=0.2,
     tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
 )  # fmt: skip
 

@@ -146,11 +146,9 @@ def judge(model: str, config: OracleConfig) -> dict:
     best = np.array([best_reward(left, target) for left, target in found.values()])
     correlation = np.corrcoef(values, best)[0, 1] if values.std() > 0 and best.std() > 0 else None
     auc = area_under_curve(values, solvable)
-    print(
-        f"{model}: {len(found)} states, {solvable.mean():.0%} solvable; of V: area under the curve for solvability",
-        end="",
-    )
-    print(f" {auc}, correlation with the best reward in reach {correlation}")
+    told = [f"area under the curve of V for solvability {auc:.3f}"] if auc is not None else []
+    told += [f"correlation with the best reward in reach {correlation:.3f}"] if correlation is not None else []
+    print(f"{model}: {len(found)} states, {solvable.mean():.0%} solvable; {', '.join(told)}")
     return {
         "model": model,
         "states": len(found),

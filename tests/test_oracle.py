@@ -1,7 +1,6 @@
 """Tests of oracle.py: which states a completion passes through, what is true of them, and the statistics."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -38,16 +37,61 @@ def test_area_under_the_curve_counts_pairs(rows):
     scores, labels = np.array([s for s, _ in rows], float), np.array([x for _, x in rows])
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
     found = oracle.area_under_curve(scores, labels)
-    assert math.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
+    assert found is None if not pairs else found == pytest.approx(np.mean(pairs))
+
+
+def test_the_perfect_critic_knows_each_state():
+    """Prevents a ceiling measured with another problem's truth, or with states that break the rules."""
+    policy = load_policy(TINY, train=False)
+    problems = [Problem((3, 5, 7, 9), 44), Problem((2, 3), 7)]
+    steps = (
+        "",
+        "<step> 5 * 7 = 35 left 3 9 35 </step>",
+        "<step> 5 + 7 = 12 left 3 9 12 </step>",
+        "<step> 5 * 7 = 36 </step>",
+    )
+    states = [policy.encode(problems[0]) + policy.tokenizer(step)["input_ids"] for step in steps]
+    values, _ = oracle.perfect(policy, problems)([*states, policy.encode(problems[1])])
+    left = [(3, 5, 7, 9), (3, 9, 35), (3, 9, 12)]
+    assert values == [*(oracle.best_reward(numbers, 44) for numbers in left), -1.0, oracle.best_reward((2, 3), 7)]
+    assert values[:2] == [1.0, 1.0] and values[2] < 1 and values[4] == pytest.approx(1 - 2 / 7)
 
 
 def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Prevents a file without its states, and an untrained critic that seems to know something."""
     out = tmp_path / "critic.json"
-    monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), "--problems", "10", "--samples", "4", "--out", str(out)])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["oracle.py", str(TINY), "--problems", "10", "--samples", "4", "--out", str(out), "--simulations", "8", "32"],
+    )
     oracle.main()
     (row,) = json.loads(out.read_text())["critics"]
     assert row["states"] == len(row["value"]) == len(row["in_reach"]) == len(row["best"]) > 5
     assert set(row["value"]) == {0.0} and row["auc"] == 0.5
     assert all((best == 1) == bool(reach) for best, reach in zip(row["best"], row["in_reach"]))
     assert "area under the curve" in capsys.readouterr().out
+    searches = {(s["critic"], s["simulations"]): s for s in row["searches"]}
+    assert set(searches) == {(critic, n) for critic in ("learned", "none", "perfect") for n in (8, 32)}
+    for n in (8, 32):  # untrained, the critic says 0
+        learned, none = searches["learned", n], searches["none", n]
+        assert {**learned, "critic": ""} == {**none, "critic": ""} and 0 < learned["tokens"] < 64 * n
+        assert searches["perfect", n]["path_right"] <= searches["perfect", n]["solved"]
+
+
+@pytest.mark.parametrize(("args", "message"), [([], "at least one model"), (["x", "--samples", "0"], "at least 1"),
+                                               (["x", "--temperature", "nan"], "above 0")])  # fmt: skip
+def test_nonsense_is_told_before_a_model_is_loaded(args, message, monkeypatch, capsys, tmp_path):
+    """Prevents a file overwritten with nothing, or a traceback after the sampling."""
+    monkeypatch.setattr("sys.argv", ["oracle.py", *args, "--out", str(tmp_path / "critic.json")])
+    monkeypatch.setattr(oracle, "load_policy", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as stop:
+        oracle.runs.command(oracle.main)
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_policy_without_legal_steps_is_named(checkpoint, tmp_path, monkeypatch):
+    """Prevents statistics of nothing."""
+    monkeypatch.setattr("sys.argv", ["oracle.py", str(checkpoint), "--problems", "2", "--samples", "1",
+                                      "--out", str(tmp_path / "new" / "critic.json")])  # fmt: skip
+    with pytest.raises(ValueError, match="no state to judge"):
+        oracle.main()

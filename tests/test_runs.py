@@ -405,3 +405,12 @@ def test_a_full_disk_while_saving_is_one_line_and_keeps_the_last_checkpoint(run,
     assert resumed(run) == ("first", {"step": 1})
     run.checkpoint(saver("third"), {"step": 3})
     assert resumed(run) == ("third", {"step": 3})
+
+
+def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):
+    """Prevents a run killed after the test before training from counting as done."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 0, "test_mean_at_k": 0.1}) + "\n")
+    assert not runs.finished(tmp_path) and not runs.finished(tmp_path / "nowhere")
+    metrics.write_text(metrics.read_text() + json.dumps({"step": 3, "test_mean_at_k": 0.1}) + "\n")
+    assert runs.finished(tmp_path)
