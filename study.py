@@ -57,6 +57,9 @@ TARGETS = {
     },
     **{method: {"right-only": "--no-failures", "exact": "--reward exact"} for method in ("best-of-n", "cispo", "none")},
 }
+# not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (stage tune: the same scores)
+COMPARED = {method: (method, "") for method in ("mcts", "best-of-n", "cispo", "none")}
+COMPARED |= {f"{method}-right-only": (method, "--no-failures") for method in COMPARED}
 ABLATIONS = {
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
@@ -84,26 +87,26 @@ class StudyConfig:
     stage: tyro.conf.Positional[str]  # tune, rates, targets, compare, ablate
     seeds: int = 5  # of compare; of ablate at most 3
     jobs: int = 2  # runs at a time
-    methods: tuple[str, ...] = tuple(PROGRAMS)
+    methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
     out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
 
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"the first word must be {' or '.join(STAGES)}, not {self.stage!r}")
-        if unknown := set(self.methods) - set(PROGRAMS):
-            raise ValueError(f"methods are {', '.join(PROGRAMS)}, not {', '.join(unknown)}")
+        if unknown := set(self.methods) - set(PROGRAMS | COMPARED):
+            raise ValueError(f"methods are {', '.join(PROGRAMS | COMPARED)}, not {', '.join(unknown)}")
         if min(self.seeds, self.jobs) < 1:
             raise ValueError("seeds and jobs must be at least 1")
 
 
 def tune(config: StudyConfig) -> Jobs:
-    for method, number, rate in product(config.methods, (0, 1), RATES):
+    for method, number, rate in product(filter(PROGRAMS.get, config.methods), (0, 1), RATES):
         options = f"--learning-rate {rate} {KNOBS[method][number]} --tokens 300000 {VALIDATE}"
         yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} {options}"
 
 
 def rates(config: StudyConfig) -> Jobs:
-    for method, rate in product(config.methods, RATES[1:]):
+    for method, rate in product(filter(PROGRAMS.get, config.methods), RATES[1:]):
         yield f"{method}-lr{rate}", f"{PROGRAMS[method]} --learning-rate {rate} {KNOBS[method][0]} {BUDGET} {VALIDATE}"
 
 
@@ -115,9 +118,10 @@ def targets(config: StudyConfig) -> Jobs:
 
 
 def compare(config: StudyConfig) -> Jobs:
-    for seed, method in product(range(1, config.seeds + 1), config.methods):
-        options = f"--seed {seed} --learning-rate {CHOSEN[method]} {KNOBS[method][0]} {BUDGET} {TEST}"
-        yield f"{method}-seed{seed}", f"{PROGRAMS[method]} {options}"
+    for seed, (name, (method, options)) in product(range(1, config.seeds + 1), COMPARED.items()):
+        if name in config.methods:
+            options = f"--seed {seed} --learning-rate {CHOSEN[method]} {KNOBS[method][0]} {options} {BUDGET} {TEST}"
+            yield f"{name}-seed{seed}", f"{PROGRAMS[method]} {options}"
 
 
 def ablate(config: StudyConfig) -> Jobs:

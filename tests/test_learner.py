@@ -444,3 +444,16 @@ def test_the_8_bit_optimizer_keeps_large_states_in_bytes_and_still_updates(moved
     assert kept == {(False, torch.float32), (True, torch.uint8)}
     assert [group["peak"] for group in optimizer.param_groups] == [config.learning_rate, config.value_learning_rate]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0]
+
+
+def test_one_update_a_step_makes_grpo_of_cispo(moved, problems):
+    """Prevents the study's claim from going wrong, that both are one method here: on the samples' own policy the ratio
+    is 1, where both losses have the gradient of -A log pi."""
+    items, found = trajectories(moved, problems), []
+    for t in items:
+        t.advantages = [t.reward.value] * len(t.completion)
+    for loss in ("cispo", "ppo"):
+        moved.zero_grad()
+        batch_loss(moved, items, Config(loss=loss), items)[0].backward()
+        found.append(gradients_of(moved))
+    assert_close(*found, rtol=1e-3, atol=1e-6)
