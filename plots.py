@@ -3,6 +3,7 @@
 python plots.py curves results/compare/*                     # validation mean@k against generated tokens
 python plots.py table results/compare/*                      # their scores, a row a run
 python plots.py summary results/compare/*                    # the README's table, a row a method
+python plots.py validation results/targets/*                 # validation scores, the best first
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
 
@@ -33,15 +34,21 @@ def load(folder: Path) -> RUN:
 
 
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
-    """Runs that differ in nothing but their seed together, under their method's name; settings that the method's first
-    run has not are part of the name."""
-    first, found = {}, defaultdict(list)
-    for config, rows in map(load, folders):
-        told = settings(config)
-        usual = first.setdefault(told["search"], told)
-        other = [f"{key.split('.')[-1]} {told[key]}" for key in told if key != "seed" and told[key] != usual[key]]
+    """Runs that differ in nothing but their seed together, under their method's name. Where a method's runs differ in
+    more, settings other than the default are part of the name."""
+    found, values = defaultdict(list), defaultdict(set)
+    loaded = [(settings(config), config, rows) for config, rows in map(load, folders)]
+    for told, _, _ in loaded:
+        for key, value in told.items():
+            values[told["search"], key].add(value)
+    for told, config, rows in loaded:
+        other = [
+            f"no {key}" if told[key] is False else f"{key.split('.')[-1]} {told[key]}"
+            for key, usual in settings({}).items()
+            if key != "seed" and told[key] != usual and len(values[told["search"], key]) > 1
+        ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
-    return dict(found)
+    return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}
 
 
 def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[str, list[RUN]]:
@@ -67,15 +74,17 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
         raise ValueError(f"none of the runs has been evaluated yet (no {key})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    styles = defaultdict(lambda: iter(["-", "--", ":", "-."] * len(curves)))
     for name, seeds in curves.items():
-        color = COLORS.get(name)
+        method = name.partition(",")[0]
+        color, style = COLORS.get(method), next(styles[method])
         for xs, ys in seeds:
             axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
         end = min(max(xs) for xs, _ in seeds)
         grid = np.linspace(max(min(xs) for xs, _ in seeds), end, 50)
         mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
         label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        axes.plot(grid, mean, color=color, linewidth=2.2, label=label)
+        axes.plot(grid, mean, style, color=color, linewidth=2.2, label=label)
     axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("validation mean@k, %")
@@ -110,18 +119,18 @@ def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
 
 def summary_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
-    the search's, and cost."""
+    the search's with the same settings (a search's: from the plain one's), and cost."""
     found = finished(by_method(folders), "test_right")
     k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
     (k,) = k
-    search = scores_of(found["mcts"]) if "mcts" in found else None
     lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | training |"]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
         scores, passed = scores_of(some), scores_of(some, passed=True)
-        rival = search if name != "mcts" and search is not None and search.shape[1] == scores.shape[1] else None
+        search = found.get("mcts" if name.startswith("mcts,") else re.sub("^[^,]+", "mcts", name))
+        rival = scores_of(search) if search and search is not some else None
         mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
         less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
         tokens, steps, seconds, parsed = (
@@ -190,18 +199,38 @@ def results_table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def validation_table(folders: list[Path]) -> str:
+    """A Markdown table of runs, the best first: their last score on the validation split, and cost."""
+    found = []
+    for folder in folders:
+        config, rows = load(folder)
+        if evaluated := [row for row in rows if "eval_mean" in row]:
+            found.append((folder.name, config["seed"], evaluated[-1]))
+    k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
+    lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
+    for name, seed, row in sorted(found, key=lambda item: -item[2]["eval_mean"]):
+        lines.append(
+            f"| {name} | {seed} | **{row['eval_mean']:.1%}** | {row['eval_pass']:.1%} | {row['eval_reward']:+.2f} "
+            f"| {row['eval_parsed']:.0%} | {row['generated'] / 1e6:.2f} M |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}
+
+
 @dataclass
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table, summary, tree
+    what: tyro.conf.Positional[str]  # curves, table, summary, validation, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for tree: files from --dump-trees
     out: Path = Path("curves.png")
     x: str = "generated"  # generated, seconds
 
     def __post_init__(self):
-        if self.what not in ("curves", "table", "summary", "tree"):
-            raise ValueError(f"the first word must be curves, table, summary or tree, not {self.what!r}")
+        if self.what not in (known := ("curves", *TABLES, "tree")):
+            raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if self.what != "tree":
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
@@ -217,11 +246,8 @@ def main() -> None:
             runs.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))
             print(page)
         return
-    if config.what == "table":
-        print(results_table(config.folders))
-        return
-    if config.what == "summary":
-        print(summary_table(config.folders))
+    if config.what in TABLES:
+        print(TABLES[config.what](config.folders))
         return
     learning_curves(config.folders, config.x).savefig(config.out, dpi=150)
     print(config.out)

@@ -19,7 +19,8 @@ def folders(tmp_path):
             f"test_{key}": 0.1 * (seed + 1) for key in ("mean_at_k", "mean_low", "mean_high", "pass_at_k")
         }
         counters = [{"step": i, "generated": 1_000 * i, "seconds": 30.0 * i} for i in range(5)]
-        rows = [counters[0] | test, *(row | {"eval_mean": 0.1 * row["step"]} for row in counters[1:])]
+        evaluation = {"eval_pass": 0.5, "eval_reward": 0.25, "eval_parsed": 1.0, "eval_k": 4}
+        rows = [counters[0] | test, *(row | evaluation | {"eval_mean": 0.1 * row["step"]} for row in counters[1:])]
         rows.append(counters[4] | {key: 2 * value for key, value in test.items()} | {"test_samples": 16})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sorted(tmp_path.iterdir())
@@ -89,6 +90,17 @@ def test_a_summary_has_a_row_a_method(folders):
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
     _, other = plots.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
+
+
+def test_validation_scores_the_best_first(folders):
+    """Prevents a list of what was tried that hides the winner, or shows another than the last score."""
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row |= {"eval_mean": 2 * row["eval_mean"]} if "eval_mean" in row else {}
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    header, _, first, second = plots.validation_table(folders).splitlines()
+    assert "mean@4" in header and first == "| mcts-1 | 1 | **80.0%** | 50.0% | +0.25 | 100% | 0.00 M |"
+    assert second.startswith("| mcts-0 | 0 | **40.0%** |")
 
 
 def test_unfinished_runs_are_named(folders, monkeypatch, capsys):

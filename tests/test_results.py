@@ -9,7 +9,7 @@ import plots
 import runs
 
 ROOT = Path(__file__).parents[1]
-BLOCK = r"<!-- table: python plots\.py (table|summary) (\S+) -->\n(.*?)\n<!-- end -->"
+BLOCK = r"<!-- table: python plots\.py (table|summary|validation) (\S+) -->\n(.*?)\n<!-- end -->"
 BLOCKS = re.findall(BLOCK, (ROOT / "README.md").read_text(), re.S)
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl"))
 
@@ -18,7 +18,7 @@ RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl"))
 def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
     folders = [folder for folder in sorted(ROOT.glob(pattern)) if (folder / "metrics.jsonl").exists()]
-    assert folders and table == (plots.results_table if what == "table" else plots.summary_table)(folders)
+    assert folders and table == plots.TABLES[what](folders)
 
 
 def test_the_readme_has_a_table():
