@@ -107,6 +107,8 @@ class Pool:
     def keep(self, rows: Rows, held: dict[int, tuple[list[int], int]]) -> None:
         """Keep what some rows hold: `held[row]` is a sequence, whose last token is in the last column, and how many of
         its first tokens are known already. Where that is too much, nothing more is kept before all is forgotten."""
+        fresh = {tuple(tokens): row for row, (tokens, _) in held.items() if tuple(tokens) not in self.slots}
+        held = {row: held[row] for row in fresh.values()}  # identical siblings once
         end = rows.get_seq_length()
         row = torch.tensor([row for row, (tokens, known) in held.items() for _ in tokens[known:]], dtype=torch.long)
         column = torch.tensor([end - i for tokens, known in held.values() for i in range(len(tokens) - known, 0, -1)])
@@ -121,6 +123,6 @@ class Pool:
                 for states, buffer in zip(kept, layer.buffers):
                     states[self.used : self.used + len(row)] = buffer[row, :, column]
         for tokens, known in held.values():
-            fresh = np.arange(self.used, self.used + len(tokens) - known)
-            self.slots[tuple(tokens)] = np.concatenate([self.slots[tuple(tokens[:known])], fresh])
-            self.used += len(fresh)
+            new = np.arange(self.used, self.used + len(tokens) - known)
+            self.slots[tuple(tokens)] = np.concatenate([self.slots[tuple(tokens[:known])], new])
+            self.used += len(new)
