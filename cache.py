@@ -4,7 +4,9 @@
     Pool    what is kept between calls, a slot a token: a step of a tree search inherits the states of all tokens before
             it and none is ever run again (vLLM's paged attention, Kwon et al. 2023, with blocks of one token)
 
-Both take a model's shapes from its first pass, so any transformers model with a KV cache will do.
+Both take a model's shapes from its first pass, so any decoder will do in which each layer is attention, with sliding
+windows too (they are kept whole: transformers masks them). Layers that remember in another way, as Mamba's, linear
+attention or convolutions do, are refused by loading.py.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,15 @@
-"""What a setting may be: the refusals, a line each, that the config dataclasses share in their __post_init__.
+"""What may come in from outside: settings, places for results, JSON. What may not is refused with a line that says why.
 
-Fields are given by name; of one that holds several values, each is checked. NaN and infinity are in no range.
+The config dataclasses state the ranges of their fields with `check` in __post_init__. Fields are given by name; of one
+that holds several values, each is checked. NaN and infinity are in no range.
 """
 
+import json
 import math
 import operator
-import os
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryFile
 
 RULES = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
 
@@ -38,10 +40,24 @@ def values(settings: object, name: str) -> tuple:
 
 
 def check_writable(path: Path, folder: bool = False) -> None:
-    """ValueError, before the work and not after it, where no file, or no folder of files, can be made at `path`."""
+    """ValueError, before the work and not after it, where no file, or no folder of files, can be made at `path`. Makes
+    nothing that stays."""
     if path.is_dir() and not folder:
         raise ValueError(f"{path} is a folder: name a file")
     places = [path.absolute(), *path.absolute().parents][0 if folder else 1 :]
     above = next(place for place in places if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{path} can't be written: {above} is {'read-only' if above.is_dir() else 'a file'}")
+    try:
+        TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise ValueError(f"{path} can't be written: {above}: {error.strerror}") from None
+
+
+def read_json(file: Path) -> dict:
+    """A file's JSON object. ValueError, with its name, if it holds none."""
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return found

@@ -3,14 +3,11 @@
 Weights are read from safetensors alone, and no code that comes with a model is run.
 """
 
-import json
 import logging
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from checks import read_json
 from countdown import Problem
 from policy import VALUE_HEAD, Policy, encode, read_tensors
 
@@ -84,7 +82,7 @@ def load_policy(
         elif lora_rank:
             settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
             lm = get_peft_model(lm, settings)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # no access, no memory, torn or foreign files: each raises its own
         raise ValueError(explain(folder, base, error)) from None
     if quantize == "none":
         lm.to(device)
@@ -101,7 +99,7 @@ def read_shape(folder: str, base: str) -> PreTrainedConfig:
     """A model's config.json. ValueError if it can't be had, or for a model that this kit would run wrongly."""
     try:
         shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever is wrong with it raises its own
         raise ValueError(explain(folder, base, error)) from None
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
     if not kind or kind.base_model_prefix != "model" or shape.is_encoder_decoder or not hasattr(shape, "hidden_size"):
@@ -124,7 +122,7 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
         if tokenizer.eos_token is None:
             raise ValueError("its tokenizer has no eos_token: answers would never end")
         encode(tokenizer, Problem((1, 2), 3))
-    except (OSError, ValueError, ImportError, TemplateError) as error:
+    except Exception as error:  # the template's own too
         raise ValueError(explain(folder, base, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -155,7 +153,7 @@ def locate(model: str | Path) -> tuple[str, str]:
     if (path / "policy").is_dir():
         path = path / "policy"
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
         if not (path / "adapter_model.safetensors").exists():
@@ -172,8 +170,8 @@ def locate(model: str | Path) -> tuple[str, str]:
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
     index = path / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
-    if not all(shard.endswith(".safetensors") for shard in shards):  # transformers would read them
+    shards = read_json(index).get("weight_map", {}) if index.exists() else {}
+    if not all(str(shard).endswith(".safetensors") for shard in shards.values()):  # transformers would read them
         raise ValueError(f"{name}: {index.name} names other weights than safetensors; pickled ones (.bin) are not read")
     return str(path), str(path)
 

@@ -13,7 +13,6 @@ Qwen2.5-1.5B the estimate is at most 2 % above and never below; tests/test_memor
 tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
 """
 
-import json
 from bisect import bisect
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cache import BLOCK
+from checks import read_json
 from config import Config
 from countdown import Problem
 from engines import MAX_SEQUENCES, pick_sampler
@@ -252,7 +252,7 @@ def plan(config: Config, device: str) -> Plan:
         return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
-    adapter = json.loads((Path(folder) / "adapter_config.json").read_text())["r"] if folder != base else 0
+    adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
     engine = pick_sampler(config.sampler, device, config.quantize)
     costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
     found = fit(costs, budget)
