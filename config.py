@@ -109,7 +109,8 @@ class Config:
             self, preset=PRESETS, search=METHODS, split=("multiset", "post"), distill=LESSONS,
             reward=("dense", "exact"), sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"),
             quantize=("none", "nf4"), optimizer=("adamw", "paged-adamw8bit"),
-            old_logprobs=("recorded", "recomputed", "truncated"), schedule=("linear", "constant"), loss=("cispo", "ppo"), normalize=("sequence", "token"),
+            old_logprobs=("recorded", "recomputed", "truncated"), schedule=("linear", "constant"),
+            loss=("cispo", "ppo"), normalize=("sequence", "token"),
         )  # fmt: skip
         check_game(size=self.size, seed=self.seed)
         check(self, "at least", 1, "problems samples max_tokens inner_steps train_problems eval_problems eval_samples")

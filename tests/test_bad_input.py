@@ -58,6 +58,10 @@ ppo.py --temperature 0                                  | temperature must be ab
 ppo.py --clip-gradient 0                                | clip_gradient must be above 0
 ppo.py --importance-cap 0                               | importance_cap must be above 0
 ppo.py --max-disagreement 0                             | max_disagreement must be above 0
+ppo.py --max-kl 0                                       | max_kl must be above 0
+ppo.py --patience 0                                     | patience must be at least 1
+ppo.py --checkpoints 0                                  | checkpoints must be at least 1
+ppo.py --reward sparse                                  | reward must be one of dense, exact
 ppo.py --dtype bfloat16                                 | training all weights needs dtype float32
 ppo.py --quantize nf4                                   | 4-bit weights can't be trained: set lora_rank above 0
 ppo.py --sampler vllm --quantize nf4 --lora-rank 8      | vLLM does not serve NF4 weights: set sampler to torch
