@@ -18,8 +18,8 @@ def check(settings: object, rule: str, bound: float, names: str) -> None:
     """check(self, "at least", 1, "steps batch"): ValueError for the first of these fields that isn't."""
     for name in names.split():
         for value in values(settings, name):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
             if not RULES[rule](value, bound):
                 raise ValueError(f"{name} must be {rule} {bound}, not {value}")
 
@@ -28,7 +28,7 @@ def check_choices(settings: object, **choices: Collection[str]) -> None:
     """ValueError for the first field that is not among its choices."""
     for name, allowed in choices.items():
         for value in values(settings, name):
-            if value not in allowed:
+            if value not in tuple(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 

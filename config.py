@@ -202,7 +202,8 @@ def resumed(args: list[str]) -> Config:
     folder = Path(args[at + 1])
     options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
     saved = runs.read_settings(folder)
-    tree = saved.get("tree") or {}
+    if not isinstance(tree := saved.get("tree", {}), dict):
+        runs.fail(f"{folder}/config.json is damaged: its tree is no JSON object")
     known, known_tree = ({f.name for f in fields(kind)} for kind in (Config, SearchConfig))
     gone = sorted(saved.keys() - known - {"provenance"}) + [f"tree.{name}" for name in sorted(tree.keys() - known_tree)]
     kept = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}

@@ -180,8 +180,8 @@ def check_game(**game: int) -> None:
     """ValueError for a setting that is out of its range."""
     for name, value in game.items():
         least, most = RANGES[name]
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+        if not isinstance(value, int | np.integer) or not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
 
 
 def make_problems(

@@ -78,6 +78,11 @@ ppo.py --out empty.jsonl/run                            | empty.jsonl/run can't 
 ppo.py --out /proc/run                                  | /proc/run can't be written
 ppo.py --resume                                         | --resume
 ppo.py --resume nowhere                                 | nowhere
+ppo.py --resume models/no-json                          | models/no-json/config.json is damaged
+ppo.py --resume runs/words                              | seed must be from 0 to 4294967295, not 'one'
+ppo.py --resume runs/list                               | temperature must be a finite number, not [1]
+ppo.py --resume runs/choice                             | loss must be one of cispo, ppo, not ['ppo']
+ppo.py --resume runs/tree                               | runs/tree/config.json is damaged
 ppo.py --model nowhere/at/all                           | there is no folder nowhere/at/all
 ppo.py --model no/such                                  | can't load 'no/such': no such folder, and not to be had
 ppo.py --model empty.jsonl                              | is a file: pass the folder
@@ -215,6 +220,12 @@ def place(tmp_path_factory, checkpoint):
         "long": b'{"numbers": [%s], "target": 3}' % b", ".join([b"1"] * 480),
     }.items():
         (place / f"{name}.jsonl").write_bytes(text)
+
+    for name, setting in dict(words='"seed": "one"', list='"temperature": [1]', choice='"loss": ["ppo"]').items():
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "config.json").write_text(f'{{{setting}, "tree": {{}}}}')
+    (place / "runs" / "tree").mkdir()
+    (place / "runs" / "tree" / "config.json").write_text('{"tree": 3}')
 
     def model(name, **changes):
         folder = shutil.copytree(checkpoint, place / "models" / name)

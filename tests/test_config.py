@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 
+import pytest
 import torch
 
 from config import PRESETS, Config, parse
