@@ -33,9 +33,9 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
     rows, usage = sample_rows(policy, sampler, problems, config.samples, config, rng)
     trained = []
     for row in rows:
-        rewards = [t.reward.value for t in row]
-        if min(rewards) < max(rewards):  # the mean of equal rewards may differ from them by rounding
-            for trajectory, advantage in zip(row, group_advantages(rewards)):
+        advantages = group_advantages([t.reward.value for t in row])
+        if advantages.any():
+            for trajectory, advantage in zip(row, advantages):
                 trajectory.advantages = [float(advantage)] * len(trajectory.completion)
             trained += row
     everything = [t for row in rows for t in row]

@@ -4,7 +4,9 @@
     Pool    what is kept between calls, a slot a token: a step of a tree search inherits the states of all tokens before
             it and none is ever run again (vLLM's paged attention, Kwon et al. 2023, with blocks of one token)
 
-Both take a model's shapes from its first pass, so any transformers model with a KV cache will do.
+Both take a model's shapes from its first pass, so any decoder will do in which each layer is attention, with sliding
+windows too (they are kept whole: transformers masks them). Layers that remember in another way, as Mamba's, linear
+attention or convolutions do, are refused by loading.py.
 """
 
 from collections.abc import Sequence
@@ -107,6 +109,8 @@ class Pool:
     def keep(self, rows: Rows, held: dict[int, tuple[list[int], int]]) -> None:
         """Keep what some rows hold: `held[row]` is a sequence, whose last token is in the last column, and how many of
         its first tokens are known already. Where that is too much, nothing more is kept before all is forgotten."""
+        fresh = {tuple(tokens): row for row, (tokens, _) in held.items() if tuple(tokens) not in self.slots}
+        held = {row: held[row] for row in fresh.values()}  # identical siblings once
         end = rows.get_seq_length()
         row = torch.tensor([row for row, (tokens, known) in held.items() for _ in tokens[known:]], dtype=torch.long)
         column = torch.tensor([end - i for tokens, known in held.values() for i in range(len(tokens) - known, 0, -1)])
@@ -121,6 +125,6 @@ class Pool:
                 for states, buffer in zip(kept, layer.buffers):
                     states[self.used : self.used + len(row)] = buffer[row, :, column]
         for tokens, known in held.values():
-            fresh = np.arange(self.used, self.used + len(tokens) - known)
-            self.slots[tuple(tokens)] = np.concatenate([self.slots[tuple(tokens[:known])], fresh])
-            self.used += len(fresh)
+            new = np.arange(self.used, self.used + len(tokens) - known)
+            self.slots[tuple(tokens)] = np.concatenate([self.slots[tuple(tokens[:known])], new])
+            self.used += len(new)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 import runs
+from checks import check, check_choices, check_writable
+from countdown import check_game
 from distill import LESSONS
 from loading import TINY
 from mcts import SearchConfig
@@ -103,32 +105,23 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
 
     def __post_init__(self):
-        for name, choices in dict(
-            preset=tuple(PRESETS), search=METHODS, split=("multiset", "post"), distill=tuple(LESSONS),
-            reward=("dense", "exact"),
-            sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
-            optimizer=("adamw", "paged-adamw8bit"), old_logprobs=("recorded", "recomputed", "truncated"),
-            schedule=("linear", "constant"), loss=("cispo", "ppo"), normalize=("sequence", "token"),
-        ).items():  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        at_least = dict(
-            problems=1, samples=1, max_tokens=1, inner_steps=1, train_problems=1, test_problems=1, test_samples=1,
-            eval_problems=1, eval_samples=1, micro_batch_tokens=1, tokens=0, steps=0, lora_rank=0, warmup=0,
-            evaluations=0, kl_coefficient=0, value_coefficient=0, learning_rate=0, value_learning_rate=0, seed=0,
-            gpu_memory=0, dump_trees=0, checkpoints=1, patience=1,
+        check_choices(
+            self, preset=PRESETS, search=METHODS, split=("multiset", "post"), distill=LESSONS,
+            reward=("dense", "exact"), sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"),
+            quantize=("none", "nf4"), optimizer=("adamw", "paged-adamw8bit"),
+            old_logprobs=("recorded", "recomputed", "truncated"), schedule=("linear", "constant"),
+            loss=("cispo", "ppo"), normalize=("sequence", "token"),
         )  # fmt: skip
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        check_game(size=self.size, seed=self.seed)
+        check(self, "at least", 1, "problems samples max_tokens inner_steps train_problems eval_problems eval_samples")
+        check(self, "at least", 1, "test_problems test_samples micro_batch_tokens checkpoints patience")
+        check(self, "at least", 0, "tokens steps lora_rank warmup evaluations dump_trees gpu_memory")
+        check(self, "at least", 0, "kl_coefficient value_coefficient learning_rate value_learning_rate gae_lambda")
+        check(self, "at most", 1, "gae_lambda")
+        check(self, "above", 0, "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap")
+        check(self, "above", 0, "max_disagreement max_kl")
         if self.tokens == 0 and self.steps == 0:
             raise ValueError("the run would never end: set tokens or steps above 0")
-        if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"gae_lambda must be in [0, 1], not {self.gae_lambda}")
-        above_0 = "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap max_disagreement max_kl"
-        for name in above_0.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.lora_rank == 0 and self.dtype != "float32":
             raise ValueError("training all weights needs dtype float32: in bf16 most small updates round to nothing")
         if self.lora_rank == 0 and self.quantize != "none":
@@ -137,6 +130,11 @@ class Config:
             raise ValueError("vLLM does not serve NF4 weights: set sampler to torch, or quantize to none")
         if self.search in ("cispo", "grpo") and self.samples < 2:
             raise ValueError(f"{self.search} compares the samples of a problem: samples must be at least 2")
+        if self.search != "mcts" and (self.distill != "best-path" or self.dump_trees):
+            raise ValueError(f"distill and dump_trees are about searched trees: {self.search} makes none")
+        for name in "temperature", "max_tokens":
+            if getattr(self.tree, name) not in (getattr(SearchConfig(), name), getattr(self, name)):
+                raise ValueError(f"tree.{name} is the run's: set {name}")
 
     @property
     def search_config(self) -> SearchConfig:
@@ -191,7 +189,9 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     default = replace(PRESETS[name], search=method, loss="ppo" if method == "grpo" else PRESETS[name].loss)
-    return runs.read_config(Config, args, default), False
+    config = runs.read_config(Config, args, default)
+    check_writable(config.folder, folder=True)
+    return config, False
 
 
 def resumed(args: list[str]) -> Config:
@@ -202,7 +202,8 @@ def resumed(args: list[str]) -> Config:
     folder = Path(args[at + 1])
     options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
     saved = runs.read_settings(folder)
-    tree = saved.get("tree") or {}
+    if not isinstance(tree := saved.get("tree", {}), dict):
+        runs.fail(f"{folder}/config.json is damaged: its tree is no JSON object")
     known, known_tree = ({f.name for f in fields(kind)} for kind in (Config, SearchConfig))
     gone = sorted(saved.keys() - known - {"provenance"}) + [f"tree.{name}" for name in sorted(tree.keys() - known_tree)]
     kept = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}

@@ -15,10 +15,9 @@ import json
 import math
 import random
 import re
-import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import combinations
@@ -26,9 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import check, check_choices, check_writable
+
 SHARES = {"test": 0.25, "validation": 0.10, "train": 0.65}  # of the number multisets
 PLAYS = 10_000  # random plays behind one target
-MAX_PLAYS_ENUMERATED = 10_000_000  # a 5-number game has 737,280 plays, a 6-number game 88 million
+# what a game may be; all plays of a problem are enumerated: 737,280 of 5 numbers, 88 million of 6
+RANGES = {"size": (2, 5), "highest": (2, 999), "plays": (1, 10**9), "seed": (0, 2**32 - 1)}
 MAX_COMPLETION = 50_000  # characters; a longer completion is not read
 MAX_EXPRESSION = 200  # characters inside <answer>
 
@@ -138,7 +140,8 @@ CUT = re.compile(r"[0-9)] ?[-+*/] ?$|[0-9.]$")  # before a step: it is only the 
 def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
     """The numbers left after a step such as "3 * 4 = 12 left 5 7 12", or None if it is illegal or miscalculated.
 
-    Reads the equation and, if the step lists what is left, checks that too. `state` need not be sorted.
+    Reads the equation and, if the step lists what is left, checks that too; tags around it do not matter. `state` need
+    not be sorted.
     """
     if not (match := STEP.search(step[:MAX_EXPRESSION])):
         return None
@@ -173,6 +176,14 @@ def split_of(numbers: tuple[int, ...]) -> str:
     return "train"
 
 
+def check_game(**game: int) -> None:
+    """ValueError for a setting that is out of its range."""
+    for name, value in game.items():
+        least, most = RANGES[name]
+        if not isinstance(value, int | np.integer) or not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
+
+
 def make_problems(
     count: int, split: str, *, size: int = 4, highest: int = 13, plays: int = PLAYS, seed: int = 0
 ) -> list[Problem]:
@@ -180,14 +191,11 @@ def make_problems(
 
     split: "train" (distinct number sequence and target), "validation" or "test" (distinct multiset and target), or
     "post" (the original's way: any multiset, duplicates kept; a test set made so leaks into the training set).
-    Raises ValueError for a size or range that can't be enumerated, or for more problems than the split has.
+    Raises ValueError for a game outside RANGES, or for more problems than the split has.
     """
-    if count < 0 or highest < 2 or size < 2 or plays < 1:
-        raise ValueError("count >= 0, highest >= 2, size >= 2 and plays >= 1 are needed")
+    check_game(size=size, highest=highest, plays=plays, seed=seed)
     if split not in (*SHARES, "post"):
         raise ValueError(f"split must be one of {', '.join(SHARES)} or post, not {split!r}")
-    if (total := math.prod(4 * k * (k - 1) for k in range(2, size + 1))) > MAX_PLAYS_ENUMERATED:
-        raise ValueError(f"a {size}-number game has up to {total:,} plays, too many to enumerate; ask for at most 5")
     rng = np.random.default_rng([seed, *split.encode()])
     problems: list[Problem] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
@@ -226,15 +234,17 @@ def make_splits(
 def read_problems(path: str | Path) -> list[Problem]:
     """Problems from a JSONL file with "numbers" and "target"; ValueError names the first bad line."""
     problems = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
             problem = Problem(tuple(row["numbers"]), row["target"])
-            if not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
+            if not problem.numbers or not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
                 raise ValueError("numbers and target must be positive integers")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a problem ({error})") from None
         problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path} is empty: it holds no problem")
     return problems
 
 
@@ -388,7 +398,13 @@ class DataConfig:
     highest: int = 13
     plays: int = PLAYS
     seed: int = 0
-    preview: int = field(default=3)  # solved problems to print
+    preview: int = 3  # solved problems to print
+
+    def __post_init__(self):
+        check(self, "at least", 0, "train validation test preview")
+        check_choices(self, split=("multiset", "post"))
+        check_game(**{name: getattr(self, name) for name in RANGES})
+        check_writable(self.out, folder=True)
 
 
 def main(config: DataConfig) -> None:
@@ -411,9 +427,6 @@ def main(config: DataConfig) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
+    import runs
 
-    try:
-        main(tyro.cli(DataConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs.command(lambda: main(runs.read_config(DataConfig)))

@@ -65,18 +65,18 @@ def tree_values(answer: Node) -> list[float]:
 
 
 def group_advantages(rewards: list[float]) -> np.ndarray:
-    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL)."""
+    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL); all 0 where rewards
+    are equal, which teaches nothing (their mean may differ from them by rounding)."""
     values = np.asarray(rewards)
+    if len(set(rewards)) < 2:
+        return np.zeros(len(rewards))
     return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
 
 
 def answers(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    """None where all rewards are equal: they teach nothing."""
     found = tree.answers()
-    rewards = [node.reward.value for node in found]
-    if len(set(rewards)) < 2:
-        return []
-    pairs = zip(found, group_advantages(rewards).tolist())
+    advantages = group_advantages([node.reward.value for node in found])
+    pairs = zip(found, advantages.tolist()) if advantages.any() else []
     return [Lesson(node, [a] * node.length, tree_values(node)) for node, a in pairs]
 
 

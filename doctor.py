@@ -1,6 +1,6 @@
 """What a run finds on this machine, in ten lines, for whoever's run fails and whoever reads the bug report.
 
-    make doctor    # or python doctor.py; exit code 0 if the default preset can run, else 1
+    make doctor    # or python doctor.py; exit code 0 if the default preset can run, else 1; 2 for an option
 
 It asks nothing of the network, and of the packages only torch is imported.
 """
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -85,7 +86,10 @@ def cached() -> str:
     return f"{QWEN} is not in the hub's cache: 3.1 GB to download, or pass --model FOLDER (README)"
 
 
-def main() -> None:
+def main(args: Sequence[str] = ()) -> None:
+    if args:
+        print("error: doctor.py takes no options", file=sys.stderr)
+        raise SystemExit(2)
     driver, (seen, free) = ask_driver(), ask_torch()
     file = "requirements.txt" if driver else "requirements-cpu.txt"
     try:
@@ -121,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -68,7 +68,7 @@ class VLLMSampler:
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began = time.perf_counter()
-        check_context(self.context, prefixes, 1)
+        check_context(self.context, max(map(len, prefixes), default=0), 1)
         self._serve()
         wanted = [
             self.vllm.SamplingParams(

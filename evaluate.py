@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
 import runs
-from countdown import Problem, make_problems, read_problems
+from checks import check, check_choices, check_writable
+from countdown import Problem, check_game, make_problems, read_problems
 from distill import best_answer
 from engines import make_sampler, pick_sampler
-from loading import TINY, load_policy, pick_device
+from loading import TINY, load_policy, locate, pick_device, read_shape, read_tokenizer
 from mcts import SearchConfig, search
-from policy import Policy
-from sampling import KEPT, Sampler, Trajectory, Usage, complete, stream
+from policy import Policy, encode
+from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
 
@@ -159,14 +161,6 @@ def best_of_budget(
     return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
 
 
-CHOICES = dict(
-    search=("none", "mcts", "best-of-n"),
-    sampler=("auto", "torch", "vllm"),
-    dtype=("float32", "bfloat16"),
-    quantize=("none", "nf4"),
-)
-
-
 @dataclass
 class EvaluateConfig:
     """Evaluate a run, a saved policy or a Hugging Face model on Countdown, with or without search."""
@@ -188,51 +182,66 @@ class EvaluateConfig:
     dtype: str = "float32"  # of the weights: float32, bfloat16
     quantize: str = "none"  # linear layers: none, nf4
     rows: int = 1024  # sequences that the torch sampler decodes together
+    kept: int = KEPT  # tokens whose keys and values it keeps during a search: 28 kB each with Qwen2.5-1.5B in bf16
     cache_gb: float = 1.0  # GB of vLLM's KV cache
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
     out: Path | None = None  # write the result as JSON here
 
     def __post_init__(self):
-        if min(self.problems, self.samples, self.max_tokens, self.budget, self.rows) < 1 or self.temperature <= 0:
-            raise ValueError("problems, samples, max-tokens, budget and rows must be at least 1, temperature above 0")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(
+            self, search=("none", "mcts", "best-of-n"), sampler=("auto", "torch", "vllm"),
+            dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
+        )  # fmt: skip
+        check_game(size=self.size, seed=self.seed)
+        check(self, "at least", 1, "problems samples budget rows")
+        check(self, "at least", 0, "kept")
+        check(self, "above", 0, "cache_gb")
+        self.tree()
+        if self.out:
+            check_writable(self.out)
+
+    def tree(self) -> SearchConfig:
+        """The settings of a search."""
+        shared = ("simulations", "children", "prior", "workers", "temperature", "max_tokens")
+        return SearchConfig(token_budget=self.budget, **{name: getattr(self, name) for name in shared})
+
+
+def score(config: EvaluateConfig) -> Score:
+    """What the command line asks for. ValueError, before weights are loaded, for what can't be done."""
+    problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
+    device = pick_device(config.device)
+    engine = pick_sampler(config.sampler, device, config.quantize)
+    folder, base = locate(config.model)
+    tokenizer = read_tokenizer(folder, base)
+    longest = max(len(encode(tokenizer, problem)) for problem in problems)
+    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens)
+    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
+    context = longest + config.max_tokens
+    sampler = make_sampler(engine, policy, context, config.rows, config.kept, config.cache_gb, config.seed)
+    if config.search == "none":
+        return evaluate(
+            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True
+        )
+    return evaluate_search(policy, sampler, problems, config.search, config.tree(), config.seed, True)
 
 
 def main() -> None:
     config = runs.read_config(EvaluateConfig)
-    problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
-    device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device, config.quantize)
-    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
-    context = max(len(policy.encode(problem)) for problem in problems) + config.max_tokens
-    sampler = make_sampler(engine, policy, context, config.rows, KEPT, config.cache_gb, config.seed)
-    if config.search == "none":
-        score = evaluate(
-            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True
-        )
-    else:
-        settings = SearchConfig(
-            simulations=config.simulations,
-            children=config.children,
-            prior=config.prior,
-            workers=config.workers,
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            token_budget=config.budget,
-        )
-        score = evaluate_search(policy, sampler, problems, config.search, settings, config.seed, True)
-    tokens = score.usage.generated / score.problems
-    print(f"{config.model}, search={config.search}: {score.line()}")
+    try:
+        found = score(config)
+    except torch.OutOfMemoryError:
+        runs.fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
+    usage = found.usage
+    print(f"{config.model}, search={config.search}: {found.line()}")
     print(
-        f"{tokens:.0f} tokens generated a problem, {score.usage.prefilled / score.problems:.0f} prefilled, "
-        f"{score.usage.valued / score.problems:.0f} read by the critic; "
-        f"{score.usage.seconds:.0f} s of sampling, {score.usage.critic_seconds:.0f} s of the critic"
+        f"{usage.generated / found.problems:.0f} tokens generated a problem, "
+        f"{usage.prefilled / found.problems:.0f} prefilled, {usage.valued / found.problems:.0f} read by the critic; "
+        f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
     )
     if config.out:
-        runs.write(config.out, json.dumps(asdict(config) | asdict(score) | runs.provenance(), default=str, indent=1))
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        runs.write(config.out, json.dumps(asdict(config) | asdict(found) | runs.provenance(), default=str, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
     def visit(node: Node, left: tuple[int, ...] | None) -> dict:
         text = policy.decode(node.tokens).strip()
         if left is not None and text and not node.ended:
-            left = follow(left, text.removeprefix("<step>").removesuffix("</step>").strip())
+            left = follow(left, text)
         if node.reward:
             reachable = "yes" if node.reward.correct else "no"
         else:

@@ -3,25 +3,38 @@
 Weights are read from safetensors alone, and no code that comes with a model is run.
 """
 
-import json
+import logging
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-from policy import VALUE_HEAD, Policy, read_tensors
+from checks import read_json
+from countdown import Problem
+from policy import VALUE_HEAD, Policy, encode, read_tensors
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by PEFT, it praises a package that none needs here
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 TINY = Path(__file__).parent / "assets" / "tiny"
+LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is the GPU where there is one; ValueError for a GPU that isn't there."""
+    """ "auto" is the GPU where there is one; ValueError for one that isn't there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, not {device!r}; CUDA_VISIBLE_DEVICES picks among GPUs")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no NVIDIA GPU is visible to PyTorch: pass --device cpu")
     return device
 
@@ -48,6 +61,8 @@ def load_policy(
         raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
     if train and not lora and quantize != "none":
         raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
+    read_shape(folder, base)
+    tokenizer = read_tokenizer(folder, base)
     dtype = getattr(torch, dtype)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     if quantize == "nf4":
@@ -60,9 +75,6 @@ def load_policy(
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
         keep_packing(lm)
-        # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
-        own = adapter and (Path(adapter) / "tokenizer.json").exists()
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(adapter if own else base, padding_side="left")
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter:
@@ -70,12 +82,8 @@ def load_policy(
         elif lora_rank:
             settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
             lm = get_peft_model(lm, settings)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # no access, no memory, torn or foreign files: each raises its own
         raise ValueError(explain(folder, base, error)) from None
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{str(model)!r} has no chat template: use an instruct model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if quantize == "none":
         lm.to(device)
     for parameter in lm.parameters():
@@ -85,6 +93,40 @@ def load_policy(
     if (head := Path(folder) / VALUE_HEAD).exists():
         policy.value_head.load_state_dict(read_tensors(head))
     return policy
+
+
+def read_shape(folder: str, base: str) -> PreTrainedConfig:
+    """A model's config.json. ValueError if it can't be had, or for a model that this kit would run wrongly."""
+    try:
+        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with it raises its own
+        raise ValueError(explain(folder, base, error)) from None
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
+    if not kind or kind.base_model_prefix != "model" or shape.is_encoder_decoder or not hasattr(shape, "hidden_size"):
+        raise ValueError(f"{base}: {shape.model_type} is no decoder of text alone, or of another make than Llama's")
+    if kind._is_stateful or set(getattr(shape, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{base}: {shape.model_type} has layers without attention, whose state is not kept here")
+    if changed := [name for name in LOGITS if getattr(shape, name, None) not in (None, 1)]:
+        raise ValueError(f"{base}: {shape.model_type} changes its logits ({changed[0]}), which is not done here")
+    return shape
+
+
+def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
+    """A model's tokenizer, its adapter's own if there is one. ValueError if it can't be had, or makes no prompts."""
+    own = (Path(folder) / "tokenizer.json").exists()
+    try:
+        # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else base, padding_side="left")
+        if tokenizer.chat_template is None:
+            raise ValueError("it has no chat template: use an instruct model")
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has no eos_token: answers would never end")
+        encode(tokenizer, Problem((1, 2), 3))
+    except Exception as error:  # the template's own too
+        raise ValueError(explain(folder, base, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def keep_packing(lm: torch.nn.Module) -> None:
@@ -111,7 +153,7 @@ def locate(model: str | Path) -> tuple[str, str]:
     if (path / "policy").is_dir():
         path = path / "policy"
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
         if not (path / "adapter_model.safetensors").exists():
@@ -128,8 +170,8 @@ def locate(model: str | Path) -> tuple[str, str]:
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
     index = path / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
-    if not all(shard.endswith(".safetensors") for shard in shards):  # transformers would read them
+    shards = read_json(index).get("weight_map", {}) if index.exists() else {}
+    if not all(str(shard).endswith(".safetensors") for shard in shards.values()):  # transformers would read them
         raise ValueError(f"{name}: {index.name} names other weights than safetensors; pickled ones (.bin) are not read")
     return str(path), str(path)
 

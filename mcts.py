@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from checks import check, check_choices
 from countdown import Problem, Reward
 from sampling import Sample, Sampler, Usage
 
@@ -52,16 +53,10 @@ class SearchConfig:
     token_budget: int = 0  # tokens a tree may sample, 0 for no limit; the last expansion may overshoot a little
 
     def __post_init__(self):
-        for name in ("simulations", "children", "workers", "step_tokens", "max_tokens", "max_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, choices in dict(
-            selection=SELECTIONS, prior=PRIORS, unvisited=UNVISITED, virtual_loss=VIRTUAL_LOSSES
-        ).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not (self.temperature > 0 and self.c_puct >= 0 and self.token_budget >= 0):
-            raise ValueError("temperature must be above 0, c_puct and token_budget at least 0")
+        check(self, "at least", 1, "simulations children workers step_tokens max_tokens max_depth")
+        check(self, "at least", 0, "c_puct token_budget")
+        check(self, "above", 0, "temperature")
+        check_choices(self, selection=SELECTIONS, prior=PRIORS, unvisited=UNVISITED, virtual_loss=VIRTUAL_LOSSES)
 
 
 @dataclass(eq=False)

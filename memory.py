@@ -13,7 +13,6 @@ Qwen2.5-1.5B the estimate is at most 2 % above and never below; tests/test_memor
 tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
 """
 
-import json
 from bisect import bisect
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,16 +21,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cache import BLOCK
+from checks import read_json
 from config import Config
-from countdown import Problem, prompt
+from countdown import Problem
 from engines import MAX_SEQUENCES, pick_sampler
-from loading import explain, locate
-from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead
-from sampling import DRAW_CHUNK, KEPT
+from loading import locate, read_shape, read_tokenizer
+from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, encode
+from sampling import DRAW_CHUNK, KEPT, check_context, context_of
 
 GB = 2**30
 CONTEXT_GB = 0.6  # CUDA's own: context, kernels, cuBLAS workspaces
@@ -88,12 +88,9 @@ class Sizes:
 
 def read_sizes(folder: str, base: str) -> Sizes:
     """A model's sizes, from a copy without weights. ValueError if its config.json can't be had."""
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            lm, value_head = AutoModelForCausalLM.from_config(config), ValueHead(config.hidden_size)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(explain(folder, base, error)) from None
+    config = read_shape(folder, base)
+    with torch.device("meta"):
+        lm, value_head = AutoModelForCausalLM.from_config(config), ValueHead(config.hidden_size)
     linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not lm.get_output_embeddings()]
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
@@ -118,16 +115,7 @@ def read_sizes(folder: str, base: str) -> Sizes:
 
 def longest_prompt(folder: str, base: str, size: int) -> int:
     """Tokens of a prompt of `size` numbers at most. ValueError if the tokenizer can't be had."""
-    worst = prompt(Problem((13,) * size, 13**size))
-    try:
-        own = (Path(folder) / "tokenizer.json").exists()  # an adapter may lack one
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else base)
-        if tokenizer.chat_template is None:
-            raise ValueError("it has no chat template: use an instruct model")
-        text = tokenizer.apply_chat_template(worst, tokenize=False, add_generation_prompt=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(explain(folder, base, error)) from None
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) + MARGIN
+    return len(encode(read_tokenizer(folder, base), Problem((13,) * size, 13**size))) + MARGIN
 
 
 class Costs:
@@ -259,11 +247,12 @@ def plan(config: Config, device: str) -> Plan:
     line, if it can't fit. On a CPU without --gpu-memory nothing is estimated."""
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
+    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens)
     if not on_gpu and not config.gpu_memory:
         return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
-    adapter = json.loads((Path(folder) / "adapter_config.json").read_text())["r"] if folder != base else 0
+    adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
     engine = pick_sampler(config.sampler, device, config.quantize)
     costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
     found = fit(costs, budget)

@@ -66,6 +66,12 @@ def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
     return ids.to(device), attention.to(device)
 
 
+def encode(tokenizer, problem: Problem) -> list[int]:
+    """The prompt's token ids, up to where the assistant speaks."""
+    text = tokenizer.apply_chat_template(prompt(problem), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 class Policy(nn.Module):
     """A causal LM with a value head. `version` counts the updates that its weights have seen."""
 
@@ -96,9 +102,7 @@ class Policy(nn.Module):
         return {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
     def encode(self, problem: Problem) -> list[int]:
-        """The prompt's token ids, up to where the assistant speaks."""
-        text = self.tokenizer.apply_chat_template(prompt(problem), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, problem)
 
     def decode(self, completion: list[int]) -> str:
         return self.tokenizer.decode(completion, skip_special_tokens=True)

@@ -24,9 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import runs
-from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
+from checks import check, check_writable
+from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
 from policy import read_tensors
 
+MAX_LENGTH = 512  # tokens that the policy has positions for
 LARGEST = 255  # integers up to here are one token; a longer one goes on with a token a digit: 468 is 46 ##8
 TAGS = ["<step>", "</step>", "<answer>", "</answer>"]
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unknown|>"}
@@ -102,13 +104,16 @@ def games(config: "PretrainConfig", step: int) -> list[tuple[Problem, str]]:
 def encode(batch: list[tuple[Problem, str]], tokenizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, T = width], padded on the right, and labels [B, T], -100 on the prompt and the padding.
 
-    One width for all steps keeps the compiled shapes static; the few longer games (1 %) are left out.
+    One width for all steps keeps the compiled shapes static; the few longer games (1 %) are left out. ValueError if
+    that is all of them.
     """
     eos = tokenizer.eos_token
     prompts = [tokenizer.apply_chat_template(prompt(p), tokenize=False, add_generation_prompt=True) for p, _ in batch]
     starts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     rows = tokenizer([f"{start} {text} {eos}" for start, (_, text) in zip(prompts, batch)])["input_ids"]
     blank = [tokenizer.pad_token_id] * width
+    if min(map(len, rows)) > width:
+        raise ValueError(f"no game fits into {width} tokens: pass a larger --width")
     ids = torch.tensor([(row + blank)[:width] if len(row) <= width else blank for row in rows])  # [B, T]
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
     for row, start in zip(labels, starts):
@@ -142,6 +147,18 @@ class PretrainConfig:
     compile: bool = True  # torch.compile the forward pass (needs a C++ compiler on a CPU)
     seed: int = 0
 
+    def __post_init__(self):
+        check_game(size=self.size, highest=self.highest, seed=self.seed)
+        check(self, "at least", 1, "steps batch width warmup hidden layers save_every")
+        check(self, "at most", MAX_LENGTH, "width")
+        check(self, "at least", 0, "learning_rate adam_learning_rate on_target early_on_target rarity")
+        check(self, "at most", 1, "on_target early_on_target")
+        check(self, "at most", 10, "rarity")
+        check(self, "at least", self.size * self.highest, "largest_result")  # so that every game has a result
+        if self.hidden % 32:
+            raise ValueError(f"hidden must be a multiple of 32, the width of a head, not {self.hidden}")
+        check_writable(self.out, folder=True)
+
 
 def build_model(config: PretrainConfig, vocabulary: int) -> Qwen2ForCausalLM:
     """A Qwen2 of the given width and depth, heads of 32, tied embeddings, fp32."""
@@ -154,7 +171,7 @@ def build_model(config: PretrainConfig, vocabulary: int) -> Qwen2ForCausalLM:
             num_hidden_layers=config.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            max_position_embeddings=512,
+            max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=1,
@@ -180,10 +197,13 @@ def pretrain(config: PretrainConfig) -> None:
     checkpoint, start, seconds = config.out / "pretrain.pt", 0, 0.0
     if checkpoint.exists():
         saved = read_tensors(checkpoint)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        start, seconds = saved["step"], saved["seconds"]
+        try:
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            start, seconds = saved["step"], saved["seconds"]
+        except (RuntimeError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{checkpoint} is of another model: pass its settings, or move it away") from None
         print(f"going on from step {start} of {checkpoint}")
 
     began = time.time() - seconds

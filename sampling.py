@@ -90,9 +90,14 @@ def read_values(policy: Policy, states: list[list[int]]) -> tuple[list[float], U
     return values, Usage(valued=sum(map(len, states)), critic_seconds=time.perf_counter() - began)
 
 
-def check_context(limit: int, prefixes: list[list[int]], max_tokens: int) -> None:
-    """ValueError if a continuation would outgrow the sampler's positions."""
-    if (longest := max(map(len, prefixes), default=0)) + max_tokens > limit:
+def context_of(shape) -> int:
+    """The positions that a model was made for, by its config.json."""
+    return getattr(shape, "max_position_embeddings", 10**9)
+
+
+def check_context(limit: int, longest: int, max_tokens: int) -> None:
+    """ValueError if the continuation of a prefix of `longest` tokens would outgrow the positions."""
+    if longest + max_tokens > limit:
         raise ValueError(f"{longest} prefix + {max_tokens} new tokens exceed the context of {limit}")
 
 
@@ -103,7 +108,7 @@ class TorchSampler:
     def __init__(self, policy: Policy, batch: int = 1024, kept: int = KEPT):
         """`batch`: sequences decoded together; `kept`: tokens whose keys and values are kept between calls."""
         self.policy = policy
-        self.context = getattr(policy.lm.config, "max_position_embeddings", 10**9)
+        self.context = context_of(policy.lm.config)
         self.batch = batch
         self.chunk = max(1, DRAW_CHUNK // policy.lm.config.vocab_size)  # rows whose logits are alive together
         pieces = policy.tokenizer.batch_decode([[i] for i in range(policy.lm.config.vocab_size)])
@@ -114,9 +119,9 @@ class TorchSampler:
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began = time.perf_counter()
-        check_context(self.context, prefixes, max_tokens)
-        if self.pool.full or self.version != self.policy.version:
-            self.pool.forget()
+        check_context(self.context, max(map(len, prefixes), default=0), max_tokens)
+        if self.pool.full or self.version != self.policy.version or not any(len(self.pool.find(p)) for p in prefixes):
+            self.pool.forget()  # where no prefix is known, another search has begun
         self.read, self.version = {}, self.policy.version
         order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # neighbours pad little
         rows: list[list[Sample]] = [[] for _ in prefixes]
@@ -204,7 +209,7 @@ class TorchSampler:
             row[length - len(prefix) :] = found[: max(0, len(prefix) - width)]
         cache = self.pool.load(slots)
         output = policy.hidden(ids[:, length - width :], attention, past_key_values=cache, use_cache=True)
-        hidden = output.last_hidden_state[:, -1]  # [B, H]
+        hidden = output.last_hidden_state[:, -1].clone()  # [B, H]; a view would keep [B, L, H] alive
         self.read |= {tuple(prefix): state for prefix, state in zip(prefixes, hidden)}
         if keep:
             self.pool.keep(cache, {row: (p, len(k)) for row, (p, k) in enumerate(zip(prefixes, known))})

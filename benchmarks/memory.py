@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 
 import runs
 from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
+from checks import check
 from config import PRESETS, Config
 from countdown import Problem, Reward
 from learner import batch_loss, make_optimizer
@@ -172,6 +173,10 @@ class Bench:
     """Count updates, sampling and the critic of a model with the shape of Qwen2.5-1.5B."""
 
     length: int = 704  # tokens of a sequence, 512 of them the completion
+
+    def __post_init__(self):
+        check(self, "at least", PRESETS["qwen1.5b"].max_tokens + 1, "length")
+        check(self, "at most", Shape.context, "length")
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ from statistics import median
 
 import runs
 from benchmarks.random_qwen import Shape, make_checkpoint
+from checks import check, check_choices, check_writable
+from config import PRESETS
+from loading import locate, pick_device
 
 COSTS = ("gpu_peak_gb", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds")
 
@@ -38,6 +41,16 @@ class Bench:
     simulations: int = 16  # a tree
     device: str = "cuda"
     out: Path = Path("runs/one_gpu")
+
+    def __post_init__(self):
+        check_choices(self, quantize=("none", "nf4"), samplers=("torch", "vllm"), preset=PRESETS)
+        check(self, "above", 0, "caps")
+        check(self, "at least", 2, "steps")  # the first one is left out
+        check(self, "at least", 1, "problems simulations")
+        check_writable(self.out, folder=True)
+        pick_device(self.device)
+        if self.model:
+            locate(self.model)
 
 
 def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str) -> dict:
@@ -63,8 +76,6 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str) -
 
 def main() -> None:
     bench = runs.read_config(Bench)
-    if bench.steps < 2:
-        runs.fail("steps must be at least 2: the first one is left out")
     bench.out.mkdir(parents=True, exist_ok=True)
     model = bench.model or str(make_checkpoint(Shape(bench.out / "model")))
     rows = []

@@ -16,7 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import runs
-from countdown import Problem, make_problems, play_distribution, prompt
+from checks import check, check_choices, check_writable
+from countdown import Problem, check_game, make_problems, play_distribution, prompt
 from pretrain import write_game
 
 # how Qwen2 cuts text into words before it merges bytes: contractions, words, single digits, punctuation, white space
@@ -45,6 +46,16 @@ class Shape:
     dtype: str = "bfloat16"  # of the file
     lessons: int = 0  # training steps on written games
     seed: int = 0
+
+    def __post_init__(self):
+        check(self, "at least", 1, "layers hidden intermediate heads kv_heads context")
+        check(self, "at least", 256 + len(SPECIAL), "vocabulary")  # all bytes
+        check(self, "at least", 0, "lessons")
+        check_choices(self, dtype=("float32", "bfloat16"))
+        check_game(seed=self.seed)
+        if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError("a head's width must be whole and even, and heads a multiple of kv_heads")
+        check_writable(self.folder, folder=True)
 
 
 THIN = dict(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=640, context=1024, dtype="float32")

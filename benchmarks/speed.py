@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 import runs
+from checks import check, check_writable
 from config import Config
 from countdown import make_problems
 from loading import TINY, load_policy
@@ -40,6 +41,11 @@ class Bench:
     repeats: int = 3
     threads: int = 2
     out: Path = Path("runs/speed.json")
+
+    def __post_init__(self):
+        check(self, "at least", SIBLINGS, "rows")
+        check(self, "at least", 1, "trees peer_trees children simulations repeats threads")
+        check_writable(self.out)
 
 
 class GenerateSampler:

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import runs
+from checks import check_writable
 
 # tokenizer.ggml.pre: how text is cut before byte pairs are merged (transformers 5.19 doesn't cut smollm at digits)
 CUTS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
@@ -30,6 +31,9 @@ class ConvertConfig:
 
     file: tyro.conf.Positional[Path]
     folder: tyro.conf.Positional[Path]
+
+    def __post_init__(self):
+        check_writable(self.folder, folder=True)
 
 
 def read_header(file: Path) -> tuple[dict, int]:

@@ -45,8 +45,9 @@ def test_group_advantages_are_those_of_trl(rewards):
 
 @given(st.floats(-1, 1), st.integers(2, 16))
 def test_equal_rewards_have_no_advantage(reward, count):
-    """Prevents noise of rounding, divided by next to nothing, from being an advantage."""
-    assert group_advantages([reward] * count) == pytest.approx(0, abs=1e-9)
+    """Prevents noise of rounding, divided by next to nothing, from being an advantage: exactly none, so that such a
+    group can be told apart."""
+    assert not group_advantages([reward] * count).any()
 
 
 # ------------------------------------------------------------------------------------------------ collectors
@@ -79,18 +80,6 @@ def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, a
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
-@pytest.mark.parametrize("args", [[], ["--method"], ["--method", "mcts"], ["--preset", "tiny"], ["--seed", "1"]])
-def test_a_method_must_be_named(args, monkeypatch, capsys):
-    """Prevents a run of another method than the one meant."""
-    monkeypatch.setattr(sys, "argv", ["baselines.py", *args])
-    with pytest.raises(SystemExit) as stop:
-        baselines.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: start with --method best-of-n | cispo | grpo, then any option of ppo.py\n"
-    )
 
 
 @pytest.mark.parametrize("method", ["best-of-n", "cispo", "grpo"])

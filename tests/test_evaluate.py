@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ import evaluate as module
 from countdown import Problem, Reward
 from evaluate import Score, best_of_budget, bootstrap, evaluate, evaluate_search, pass_at_k
 from mcts import SearchConfig
-from sampling import Usage
+from sampling import TorchSampler, Usage
 
 WRONG = Reward(-0.5, False, True, "wrong value")
 
@@ -142,6 +143,20 @@ def test_a_tree_without_an_answer_counts_as_no_answer(policy, fake_sampler, prob
     assert (score.problems, score.mean_at_k, score.reward, score.parsed) == (4, 0.0, -1.0, 0.0)
 
 
+def test_a_search_keeps_nothing_of_the_one_before_it(policy, problems, monkeypatch):
+    """Prevents a cache full of finished trees, in which nothing of the running ones finds room."""
+    monkeypatch.setattr(module, "CHUNK", 1)
+    config = SearchConfig(simulations=12, children=2, step_tokens=4, max_tokens=16)
+    used = []
+    for problem in problems[:3]:
+        sampler = TorchSampler(policy)
+        evaluate_search(policy, sampler, [problem], "mcts", config)
+        used.append(sampler.pool.used)
+    sampler = TorchSampler(policy)
+    evaluate_search(policy, sampler, problems[:3], "mcts", config)
+    assert min(used) > 20 and sampler.pool.used <= 1.5 * max(used)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -175,17 +190,16 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     assert asked == [((5, "test"), {"size": 4})] and "mean@16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (("--search", "beam"), "none, mcts, best-of-n, not 'beam'"),
-        (("--problems", "0"), "at least 1"),
-        (("--temperature", "0"), "temperature above 0"),
-    ],
-)
-def test_bad_options_are_told_at_once(checkpoint, monkeypatch, capsys, option, message):
-    """Prevents a crash, or an empty average, after the work is done."""
+def test_memory_that_runs_out_is_one_line(checkpoint, monkeypatch, capsys):
+    """Prevents a traceback of CUDA's for a cache that is too large, without a word of what to lower."""
+
+    def run_out(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB.")
+
+    monkeypatch.setattr(TorchSampler, "sample", run_out)
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, checkpoint, *option)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+        command(monkeypatch, checkpoint, "--kept", 1000, "--rows", 8)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: out of GPU memory: pass less than --rows 8 or --kept 1000, or --quantize nf4"
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import memory
 from benchmarks.memory import bare, count_critic, count_sampling, count_update, frozen_weights
@@ -265,7 +265,7 @@ def test_calls_of_the_sampler(sizes):
 
 def test_a_cpu_without_a_budget_is_not_estimated(few, monkeypatch):
     """Prevents a slower start, numbers about a GPU that isn't there, and a look at the hub."""
-    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    monkeypatch.setattr(memory, "read_sizes", None)
     config = replace(QWEN, model=few)
     found = plan(config, "cpu")
     assert (found.micro_tokens, found.rows, found.cache_gb, str(found)) == (4096, 1024, 1.0, "")
@@ -287,7 +287,7 @@ def test_no_prompt_is_longer_than_the_context(few, checkpoint):
     """Prevents a vLLM that refuses a prompt in the middle of a run, for each tokenizer of the kit."""
     for folder in (few, str(checkpoint)):
         policy = load_policy(checkpoint)
-        policy.tokenizer = memory.PreTrainedTokenizerFast.from_pretrained(folder)
+        policy.tokenizer = memory.read_tokenizer(folder, folder)
         for size in (3, 4):
             longest = max(len(policy.encode(problem)) for problem in make_problems(100, "train", size=size))
             assert longest <= memory.longest_prompt(folder, folder, size) - memory.MARGIN <= longest + 4
@@ -296,7 +296,7 @@ def test_no_prompt_is_longer_than_the_context(few, checkpoint):
 def test_an_adapter_keeps_its_own_rank(checkpoint, tmp_path):
     """Prevents an adapter that is counted with the rank of the command line, which loading it ignores."""
     load_policy(checkpoint, lora_rank=3).save(tmp_path)
-    config = replace(QWEN, model=str(tmp_path), gpu_memory=4.0, sampler="torch")
+    config = replace(QWEN, model=str(tmp_path), gpu_memory=4.0, sampler="torch", max_tokens=64)
     sizes = read_sizes(checkpoint, checkpoint)
     assert plan(config, "cpu").parts["trainable ones"] * GB == pytest.approx(
         16 * (sizes.value_head + 3 * sizes.adapter)

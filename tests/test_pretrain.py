@@ -139,6 +139,12 @@ def test_labels_are_the_completion_and_its_end_as_the_policy_will_see_them(token
         assert label == [-100] * len(start) + end + [-100] * blank
 
 
+def test_a_width_for_which_all_games_are_too_long_is_refused(tokenizer):
+    """Prevents an average over nothing, NaN, from which the weights do not come back."""
+    with pytest.raises(ValueError, match="no game fits into 5 tokens: pass a larger --width"):
+        encode(games(PretrainConfig(batch=3), 0), tokenizer, 5)
+
+
 @pytest.fixture
 def small(tmp_path):
     """Three steps of a model of one layer."""
@@ -169,6 +175,13 @@ def test_pretraining_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     policy, plain = load_policy(config.out), AutoModelForCausalLM.from_pretrained(config.out)
     assert policy.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert plain.config.vocab_size == len(policy.tokenizer) and policy.stop_ids == {policy.tokenizer.eos_token_id}
+
+
+def test_a_checkpoint_of_another_model_is_refused(small):
+    """Prevents a traceback of tensor shapes where --hidden was changed and --out was not."""
+    pretrain(small)
+    with pytest.raises(ValueError, match="pretrain.pt is of another model: pass its settings, or move it away"):
+        pretrain(replace(small, hidden=64))
 
 
 def test_pretraining_lowers_the_loss(small, capsys):

@@ -2,6 +2,7 @@
 compared with softmax by chi-square, tokens with transformers' own generate."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 import sampling
+from loading import load_policy
 from sampling import TorchSampler, Usage, complete, inverse_cdf, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
 END, STEP_END = 1, 6  # <|end|> and </step>
+SHAPE = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads eos_token_id "
+    "pad_token_id bos_token_id max_position_embeddings tie_word_embeddings"
+).split()
 LOGITS = st.lists(st.floats(-30, 5), min_size=1, max_size=12)
 
 
@@ -267,6 +273,40 @@ def test_what_was_kept_is_forgotten_with_its_weights_and_when_it_is_too_much(sto
     assert usage.prefilled == sum(map(len, states)) and [s.tokens for s in again[0]] != [s.tokens for s in rows[0]]
     sampler.rest()
     assert not sampler.pool.layers and sampler.pool.used == 0
+
+
+def test_what_the_critic_will_need_is_all_that_is_kept_of_a_prefill(stopping):
+    """Prevents the hidden states of all prefix tokens, of which only the last ones are read, from staying in memory."""
+    sampler = TorchSampler(stopping)
+    sampler.sample(PREFIXES, 2, SEEDS, 4, 1.0, True)
+    storages = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in sampler.read.values()}
+    assert sum(storages.values()) == len(PREFIXES) * stopping.lm.config.hidden_size * 4
+
+
+def test_identical_siblings_are_kept_once(moved):
+    """Prevents a cache that fills with copies: a sure policy writes the same step many times."""
+    sampler = TorchSampler(moved)
+    rows, _ = sampler.sample([[7]], 8, [0], 4, 1e-6, True)
+    assert len({tuple(s.tokens) for s in rows[0]}) == 1 and sampler.pool.used == 1 + 3
+
+
+def test_sliding_windows_are_those_of_transformers(checkpoint, tmp_path):
+    """Prevents attention to tokens that have left the window, or none to some inside it."""
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint).config.to_dict()
+    shape = MistralConfig(**{key: plain[key] for key in SHAPE}, sliding_window=5)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    shutil.copytree(checkpoint, tmp_path / "sliding")
+    model.save_pretrained(tmp_path / "sliding")
+    policy = load_policy(tmp_path / "sliding", train=False)
+    for states, rows, _ in search_twice(policy, TorchSampler(policy), n=2):
+        for prefix, sample in ((prefix, s) for prefix, row in zip(states, rows) for s in row):
+            with torch.no_grad():
+                logits = policy.lm(input_ids=torch.tensor([prefix + sample.tokens]), use_cache=False).logits[0]
+            expected = torch.log_softmax(logits[len(prefix) - 1 : -1], -1).gather(-1, torch.tensor([sample.tokens]).T)
+            assert_close(torch.tensor(sample.logprobs), expected[:, 0], atol=1e-4, rtol=0)
 
 
 def test_usage_adds_up():

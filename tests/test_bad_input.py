@@ -1,0 +1,279 @@
+"""Bad input on every command line: one line on stderr and exit code 2, before a model is loaded or a file is made."""
+
+import runpy
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_loading import edit
+from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Config, MambaConfig, T5Config
+
+from checks import check_writable
+from loading import load_policy
+
+HERE = Path(__file__).parent.parent
+
+# a command line | a part of what it says; the files and models are those of `place`
+CASES = """
+ppo.py stray                                            | Unrecognized options: stray
+ppo.py --learning-rat 1                                 | Unrecognized options: --learning-rat
+ppo.py --seed                                           | --seed
+ppo.py --seed 1.5                                       | Error parsing --seed
+ppo.py --seed -1                                        | seed must be from 0 to
+ppo.py --seed 99999999999999999999999                   | seed must be from 0 to
+ppo.py --preset huge                                    | preset must be one of tiny, qwen1.5b, post, not 'huge'
+ppo.py --preset                                         | preset must be one of
+ppo.py --search beam                                    | search must be one of mcts, none, best-of-n, cispo, grpo
+ppo.py --search cispo                                   | this program runs mcts, none, not 'cispo'
+ppo.py --split random                                   | split must be one of multiset, post
+ppo.py --distill all                                    | distill must be one of
+ppo.py --sampler sglang                                 | sampler must be one of auto, torch, vllm, not 'sglang'
+ppo.py --dtype float16                                  | dtype must be one of
+ppo.py --quantize int8                                  | quantize must be one of none, nf4
+ppo.py --optimizer sgd                                  | optimizer must be one of adamw, paged-adamw8bit
+ppo.py --old-logprobs old                               | old_logprobs must be one of recorded, recomputed, truncated
+ppo.py --schedule cosine                                | schedule must be one of
+ppo.py --loss dpo                                       | loss must be one of
+ppo.py --normalize batch                                | normalize must be one of
+ppo.py --device tpu                                     | device must be auto, cpu or cuda, not 'tpu'
+ppo.py --device cuda                                    | no NVIDIA GPU is visible to PyTorch: pass --device cpu
+ppo.py --sampler vllm                                   | vLLM is not installed
+ppo.py --size 1                                         | size must be from 2 to 5, not 1
+ppo.py --size 6                                         | size must be from 2 to 5, not 6
+ppo.py --problems 0                                     | problems must be at least 1, not 0
+ppo.py --test-samples 0                                 | test_samples must be at least 1
+ppo.py --micro-batch-tokens 0                           | micro_batch_tokens must be at least 1
+ppo.py --steps -1                                       | steps must be at least 0
+ppo.py --tokens 0                                       | the run would never end
+ppo.py --learning-rate -1                               | learning_rate must be at least 0
+ppo.py --learning-rate nan                              | learning_rate must be a finite number, not nan
+ppo.py --kl-coefficient inf                             | kl_coefficient must be a finite number, not inf
+ppo.py --gpu-memory -1                                  | gpu_memory must be at least 0
+ppo.py --gpu-memory 0.1                                 | GB of GPU memory and has 0.10: no option makes it fit
+ppo.py --gae-lambda 1.5                                 | gae_lambda must be at most 1
+ppo.py --gae-lambda nan                                 | gae_lambda must be a finite number
+ppo.py --temperature 0                                  | temperature must be above 0
+ppo.py --clip-gradient 0                                | clip_gradient must be above 0
+ppo.py --importance-cap 0                               | importance_cap must be above 0
+ppo.py --max-disagreement 0                             | max_disagreement must be above 0
+ppo.py --max-kl 0                                       | max_kl must be above 0
+ppo.py --patience 0                                     | patience must be at least 1
+ppo.py --checkpoints 0                                  | checkpoints must be at least 1
+ppo.py --reward sparse                                  | reward must be one of dense, exact
+ppo.py --dtype bfloat16                                 | training all weights needs dtype float32
+ppo.py --quantize nf4                                   | 4-bit weights can't be trained: set lora_rank above 0
+ppo.py --sampler vllm --quantize nf4 --lora-rank 8      | vLLM does not serve NF4 weights: set sampler to torch
+ppo.py --search none --distill steps                    | none makes none
+ppo.py --search none --dump-trees 2                     | none makes none
+ppo.py --tree.children 0                                | children must be at least 1
+ppo.py --tree.c-puct inf                                | c_puct must be a finite number
+ppo.py --tree.prior best                                | prior must be one of mean, sum, count, uniform
+ppo.py --tree.temperature 0.5                           | tree.temperature is the run's: set temperature
+ppo.py --tree.max-tokens 5                              | tree.max_tokens is the run's: set max_tokens
+ppo.py --max-tokens 500                                 | new tokens exceed the context of 512
+ppo.py --out empty.jsonl                                | empty.jsonl can't be written
+ppo.py --out empty.jsonl/run                            | empty.jsonl/run can't be written
+ppo.py --out /proc/run                                  | /proc/run can't be written
+ppo.py --resume                                         | --resume
+ppo.py --resume nowhere                                 | nowhere
+ppo.py --resume models/no-json                          | models/no-json/config.json is damaged
+ppo.py --resume runs/words                              | seed must be from 0 to 4294967295, not 'one'
+ppo.py --resume runs/list                               | temperature must be a finite number, not [1]
+ppo.py --resume runs/choice                             | loss must be one of cispo, ppo, not ['ppo']
+ppo.py --resume runs/tree                               | runs/tree/config.json is damaged
+ppo.py --model nowhere/at/all                           | there is no folder nowhere/at/all
+ppo.py --model no/such                                  | can't load 'no/such': no such folder, and not to be had
+ppo.py --model empty.jsonl                              | is a file: pass the folder
+ppo.py --model models/no-template                       | no chat template: use an instruct model
+baselines.py                                            | start with --method best-of-n | cispo | grpo
+baselines.py --method                                   | start with --method
+baselines.py --method mcts                              | start with --method
+baselines.py --seed 1 --method cispo                    | start with --method
+baselines.py --method cispo --search mcts               | --search belongs to ppo.py
+baselines.py --method cispo --samples 1                 | cispo compares the samples of a problem
+baselines.py --method grpo --samples 1                  | grpo compares the samples of a problem
+baselines.py --method best-of-n --samples 0             | samples must be at least 1
+baselines.py --method best-of-n --dump-trees 1          | best-of-n makes none
+evaluate.py --search beam                               | search must be one of none, mcts, best-of-n, not 'beam'
+evaluate.py --sampler sglang                            | sampler must be one of
+evaluate.py --sampler vllm                              | vLLM is not installed
+evaluate.py --sampler vllm --quantize nf4               | vLLM does not serve NF4 weights
+evaluate.py --dtype float16                             | dtype must be one of
+evaluate.py --device cuda                               | no NVIDIA GPU is visible
+evaluate.py --problems 0                                | problems must be at least 1
+evaluate.py --problems 999 --size 2                     | distinct test problems of size 2; ask for fewer
+evaluate.py --size 6                                    | size must be from 2 to 5
+evaluate.py --samples 0                                 | samples must be at least 1
+evaluate.py --budget 0                                  | budget must be at least 1
+evaluate.py --temperature nan                           | temperature must be a finite number
+evaluate.py --max-tokens 0                              | max_tokens must be at least 1
+evaluate.py --max-tokens 503                            | 10 prefix + 503 new tokens exceed the context of 512
+evaluate.py --simulations 0                             | simulations must be at least 1
+evaluate.py --children 0                                | children must be at least 1
+evaluate.py --prior nonsense                            | prior must be one of
+evaluate.py --rows 0                                    | rows must be at least 1
+evaluate.py --kept -1                                   | kept must be at least 0
+evaluate.py --cache-gb 0                                | cache_gb must be above 0
+evaluate.py --seed -1                                   | seed must be from 0
+evaluate.py --out models                                | models is a folder: name a file
+evaluate.py --out /proc/result.json                     | /proc/result.json can't be written
+evaluate.py --data nowhere.jsonl                        | nowhere.jsonl
+evaluate.py --data models                               | models
+evaluate.py --data empty.jsonl                          | empty.jsonl is empty: it holds no problem
+evaluate.py --data second.jsonl                         | second.jsonl, line 2: not a problem
+evaluate.py --data binary.jsonl                         | binary.jsonl, line 1: not a problem
+evaluate.py --data deep.jsonl                           | deep.jsonl, line 1: not a problem
+evaluate.py --data negative.jsonl                       | numbers and target must be positive integers
+evaluate.py --data numberless.jsonl                     | numbers and target must be positive integers
+evaluate.py --data long.jsonl                           | new tokens exceed the context of 512
+evaluate.py no/such                                     | hf download no/such
+evaluate.py models/no-template                          | no chat template: use an instruct model
+evaluate.py models/no-system                            | can't load 'models/no-system': no system text here
+evaluate.py models/bad-template                         | can't load 'models/bad-template'
+evaluate.py models/no-end                               | no eos_token: answers would never end
+evaluate.py models/no-tokenizer                         | can't load 'models/no-tokenizer'
+evaluate.py models/no-json                              | can't load 'models/no-json'
+evaluate.py models/unknown                              | can't load 'models/unknown'
+evaluate.py models/mamba                                | mamba
+evaluate.py models/conv                                 | layers without attention
+evaluate.py models/gpt2                                 | gpt2 is no decoder of text alone, or of another make
+evaluate.py models/bert                                 | bert is no decoder
+evaluate.py models/t5                                   | t5 is no decoder
+evaluate.py models/gemma2                               | gemma2 changes its logits (final_logit_softcapping)
+evaluate.py models/no-weights                           | holds no safetensors weights
+evaluate.py models/adapter                              | its base model is not to be had: there is no folder /no/base
+evaluate.py models/adapter-json                         | adapter_config.json is damaged: it holds no JSON object
+evaluate.py models/shards                               | model.safetensors.index.json is damaged
+evaluate.py models/odd                                  | can't load 'models/odd'
+countdown.py --nonsense                                 | Unrecognized options: --nonsense
+countdown.py --train one                                | Error parsing --train
+countdown.py --train -1                                 | train must be at least 0
+countdown.py --size 6                                   | size must be from 2 to 5, not 6
+countdown.py --highest 1                                | highest must be from 2
+countdown.py --plays 0                                  | plays must be from 1
+countdown.py --plays 99999999999999999999999            | plays must be from 1
+countdown.py --preview -1                               | preview must be at least 0
+countdown.py --split random                             | split must be one of multiset, post
+countdown.py --size 2 --highest 2                       | distinct train problems of size 2; ask for fewer
+countdown.py --out empty.jsonl                          | empty.jsonl can't be written
+pretrain.py --steps 0                                   | steps must be at least 1
+pretrain.py --batch 0                                   | batch must be at least 1
+pretrain.py --width 513                                 | width must be at most 512
+pretrain.py --warmup 0                                  | warmup must be at least 1
+pretrain.py --save-every 0                              | save_every must be at least 1
+pretrain.py --learning-rate inf                         | learning_rate must be a finite number
+pretrain.py --on-target 2                               | on_target must be at most 1
+pretrain.py --rarity nan                                | rarity must be a finite number
+pretrain.py --largest-result 51                         | largest_result must be at least 52
+pretrain.py --hidden 33                                 | hidden must be a multiple of 32
+pretrain.py --layers 0                                  | layers must be at least 1
+pretrain.py --size 1                                    | size must be from 2 to 5
+pretrain.py --out empty.jsonl                           | empty.jsonl can't be written
+plots.py pie models                                     | pie
+plots.py curves nowhere                                 | none of the folders holds a run
+plots.py tree nowhere.json                              | nowhere.json
+plots.py tree second.jsonl                              | holds no trees
+oracle.py                                               | name at least one model
+oracle.py no/such --samples 0                           | samples
+study.py guess                                          | guess
+study.py tune --methods dpo                             | dpo
+doctor.py --verbose                                     | doctor.py takes no options
+benchmarks/speed.py --rows 4                            | rows must be at least 8
+benchmarks/speed.py --rows                              | rows needs a value
+benchmarks/speed.py --threads 0                         | threads must be at least 1
+benchmarks/speed.py --repeats 0                         | repeats must be at least 1
+benchmarks/speed.py --children 0                        | children must be at least 1
+benchmarks/speed.py --out models                        | models is a folder: name a file
+benchmarks/memory.py --length 512                       | length must be at least 513
+benchmarks/memory.py --length 99999                     | length must be at most 32768
+benchmarks/one_gpu.py                                   | no NVIDIA GPU is visible
+benchmarks/one_gpu.py --device cpu --caps 8 nan         | caps must be a finite number
+benchmarks/one_gpu.py --device cpu --steps 1            | steps must be at least 2
+benchmarks/one_gpu.py --device cpu --samplers sglang    | samplers must be one of torch, vllm
+benchmarks/one_gpu.py --device cpu --model /no/such     | there is no folder /no/such
+benchmarks/random_qwen.py                               | folder
+benchmarks/random_qwen.py new --heads 5                 | a head's width must be whole and even
+benchmarks/random_qwen.py new --vocabulary 100          | vocabulary must be at least 259
+benchmarks/random_qwen.py new --dtype int8              | dtype must be one of
+scripts/from_gguf.py                                    | file
+scripts/from_gguf.py nowhere.gguf new                   | nowhere.gguf
+scripts/from_gguf.py empty.jsonl new                    | empty.jsonl is not a whole GGUF file
+scripts/from_gguf.py empty.jsonl models                 | models exists already
+scripts/from_gguf.py empty.jsonl empty.jsonl/new        | empty.jsonl/new can't be written
+"""
+CASES = [[part.strip() for part in case.split(" | ", 1)] for case in CASES.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, checkpoint):
+    """A folder with bad files, and models in folders without weights: what loads them fails the test."""
+    place = tmp_path_factory.mktemp("place")
+    for name, text in {
+        "empty": b"",
+        "second": b'{"numbers": [1, 2], "target": 3}\n{"numbers": [1, 2]}\n',
+        "binary": b"\xff\xfe\x00",
+        "deep": b"[" * 100_000,
+        "negative": b'{"numbers": [1, -2], "target": 3}',
+        "numberless": b'{"numbers": [], "target": 3}',
+        "long": b'{"numbers": [%s], "target": 3}' % b", ".join([b"1"] * 480),
+    }.items():
+        (place / f"{name}.jsonl").write_bytes(text)
+
+    for name, setting in dict(words='"seed": "one"', list='"temperature": [1]', choice='"loss": ["ppo"]').items():
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "config.json").write_text(f'{{{setting}, "tree": {{}}}}')
+    (place / "runs" / "tree").mkdir()
+    (place / "runs" / "tree" / "config.json").write_text('{"tree": 3}')
+
+    def model(name, **changes):
+        folder = shutil.copytree(checkpoint, place / "models" / name)
+        (folder / "model.safetensors").write_bytes(b"")
+        edit(folder / "config.json", **changes)
+        return folder
+
+    (model("no-template") / "chat_template.jinja").unlink()
+    (model("no-system") / "chat_template.jinja").write_text("{{ raise_exception('no system text here') }}")
+    (model("bad-template") / "chat_template.jinja").write_text("{% for")
+    edit(model("no-end") / "tokenizer_config.json", eos_token=None)
+    (model("no-tokenizer") / "tokenizer.json").write_text("{")
+    (model("no-json") / "config.json").write_text("{")
+    (model("no-weights") / "model.safetensors").unlink()
+    (model("shards") / "model.safetensors.index.json").write_text("{")
+    model("unknown", model_type="made-up")
+    model("odd", hidden_size="wide")
+    model("conv", layer_types=["full_attention", "conv"])
+    others = dict(mamba=MambaConfig, gpt2=GPT2Config, bert=BertConfig, t5=T5Config, gemma2=Gemma2Config)
+    for name, config in others.items():
+        config().save_pretrained(model(name))
+    load_policy(checkpoint, lora_rank=2).save(place / "models" / "adapter")
+    shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-json")
+    edit(place / "models" / "adapter" / "adapter_config.json", base_model_name_or_path="/no/base")
+    (place / "models" / "adapter-json" / "adapter_config.json").write_text("{")
+    return place
+
+
+@pytest.mark.parametrize(("command", "message"), CASES, ids=[command for command, _ in CASES])
+def test_bad_input_is_one_line(command, message, place, monkeypatch, capsys):
+    """Prevents a traceback, and an error that comes after minutes of loading or hours of work."""
+    program, *args = shlex.split(command)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", [program, *args])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("engines.find_spec", lambda name: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    before = sorted(place.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(HERE / program), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_can_be_written_is_not_refused(tmp_path):
+    """Prevents a refusal of folders that are only missing, and a check that leaves something behind."""
+    check_writable(tmp_path / "new" / "deeper" / "result.json")
+    check_writable(tmp_path / "new" / "run", folder=True)
+    check_writable(tmp_path, folder=True)
+    assert not list(tmp_path.iterdir())
