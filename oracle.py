@@ -18,8 +18,9 @@ import torch
 import tyro
 
 import runs
+from checks import check, check_writable
 from config import TINY_TREE
-from countdown import Problem, follow, make_problems, reachable
+from countdown import Problem, check_game, follow, make_problems, reachable
 from distill import best_path
 from loading import load_policy
 from mcts import search
@@ -43,9 +44,10 @@ class OracleConfig:
     def __post_init__(self):
         if not self.models:
             raise ValueError("name at least one model: a run folder, a policy's folder or a Hugging Face name")
-        if min(self.problems, self.samples, self.max_tokens, *self.simulations) < 1 or not self.temperature > 0:
-            raise ValueError("problems, samples, max-tokens and simulations must be at least 1, temperature above 0")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        check(self, "at least", 1, "problems samples max_tokens" + " simulations" * bool(self.simulations))
+        check(self, "above", 0, "temperature")
+        check_game(seed=self.seed)
+        check_writable(self.out)
 
 
 def states_of(policy: Policy, problem: Problem, completion: list[int]) -> list[tuple[list[int], tuple[int, ...]]]:
@@ -54,7 +56,7 @@ def states_of(policy: Policy, problem: Problem, completion: list[int]) -> list[t
     for end in range(1, len(completion) + 1):
         text = policy.decode(completion[begin:end])
         if STEP_END in text:
-            left = follow(left, text.replace("<step>", "").replace(STEP_END, "").strip())
+            left = follow(left, text)
             if left is None:
                 break
             found.append((completion[:end], left))
@@ -167,6 +169,7 @@ def main() -> None:
     config = runs.read_config(OracleConfig)
     torch.manual_seed(config.seed)
     rows = [judge(model, config) for model in config.models]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
 
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import EngFormatter
 
 import explorer
 import runs
+from checks import check_writable
 from config import settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
@@ -235,6 +236,7 @@ class PlotConfig:
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
+        check_writable(self.out)
         if self.x not in ("generated", "seconds"):
             raise ValueError(f"x must be generated or seconds, not {self.x!r}")
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import tyro
 
 import runs
+from checks import check
 from config import differences, parse
 from distill import LESSONS
 
@@ -95,8 +96,7 @@ class StudyConfig:
             raise ValueError(f"the first word must be {' or '.join(STAGES)}, not {self.stage!r}")
         if unknown := set(self.methods) - set(PROGRAMS | COMPARED):
             raise ValueError(f"methods are {', '.join(PROGRAMS | COMPARED)}, not {', '.join(unknown)}")
-        if min(self.seeds, self.jobs) < 1:
-            raise ValueError("seeds and jobs must be at least 1")
+        check(self, "at least", 1, "seeds jobs")
 
 
 def tune(config: StudyConfig) -> Jobs:
@@ -138,7 +138,7 @@ def configuration(command: list[str]) -> tuple[list[str], str]:
     return (command[1:], "mcts") if command[0] == "ppo.py" else (command[3:], command[2])
 
 
-def check(folder: Path, command: list[str]) -> None:
+def check_settings(folder: Path, command: list[str]) -> None:
     """ValueError if the folder holds a run with other settings than the command's."""
     if (folder / "config.json").exists():
         saved = json.loads((folder / "config.json").read_text())
@@ -177,7 +177,7 @@ def main() -> None:
     jobs = dict(STAGES[config.stage](config))
     for name, command in jobs.items():
         for folder in (Path("runs"), config.out):
-            check(folder / config.stage / name, command.split())
+            check_settings(folder / config.stage / name, command.split())
     with ThreadPoolExecutor(config.jobs) as pool:
         running = {pool.submit(run, name, command, config): name for name, command in jobs.items()}
         failed = 0

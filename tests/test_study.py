@@ -81,7 +81,7 @@ def test_committed_runs_are_what_the_study_asks_for():
     found = 0
     for stage, jobs in study.STAGES.items():
         for name, command in jobs(StudyConfig(stage)):
-            study.check(Path(study.__file__).parent / "results" / stage / name, command.split())
+            study.check_settings(Path(study.__file__).parent / "results" / stage / name, command.split())
             found += runs.finished(Path(study.__file__).parent / "results" / stage / name)
     assert found >= 29
 
