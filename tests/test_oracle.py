@@ -79,7 +79,7 @@ def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("args", "message"), [([], "at least one model"), (["x", "--samples", "0"], "at least 1"),
-                                               (["x", "--temperature", "nan"], "above 0")])  # fmt: skip
+                                               (["x", "--temperature", "nan"], "finite")])  # fmt: skip
 def test_nonsense_is_told_before_a_model_is_loaded(args, message, monkeypatch, capsys, tmp_path):
     """Prevents a file overwritten with nothing, or a traceback after the sampling."""
     monkeypatch.setattr("sys.argv", ["oracle.py", *args, "--out", str(tmp_path / "critic.json")])
