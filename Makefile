@@ -26,7 +26,9 @@ fuzz: .venv/installed
 study: .venv/installed
 	$(BIN)/python study.py tune
 	$(BIN)/python study.py rates
+	$(BIN)/python study.py targets
 	$(BIN)/python study.py compare
+	$(BIN)/python study.py ablate
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed
