@@ -32,10 +32,12 @@ study: .venv/installed
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed
+	rm -rf runs/crash-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.crash_test $(ARGS)
 
 # 2,000 steps with an eye on memory and open files
 long-haul: .venv/installed
+	rm -rf runs/long-haul
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.long_haul $(ARGS)
 
 bench: .venv/installed

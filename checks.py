@@ -52,6 +52,13 @@ def check_writable(path: Path, folder: bool = False) -> None:
         raise ValueError(f"{path} can't be written: {above}: {error.strerror}") from None
 
 
+def check_new(folder: Path) -> None:
+    """ValueError, before the work, for a folder that is there already or can't be made."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: remove it or name another folder")
+    check_writable(folder, folder=True)
+
+
 def read_json(file: Path) -> dict:
     """A file's JSON object. ValueError, with its name, if it holds none."""
     try:

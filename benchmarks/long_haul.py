@@ -7,7 +7,6 @@ The steps are small but whole: search, update, metrics, and along the way evalua
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import ppo
 import runs
+from checks import check, check_new
 from config import Config
 from mcts import SearchConfig
 
@@ -27,7 +27,12 @@ class LongHaul:
 
     steps: int = 2_000
     rows: int = 20  # of the table
-    out: Path = Path("runs/long-haul")
+    out: Path = Path("runs/long-haul")  # must not be there yet
+
+    def __post_init__(self):
+        check(self, "at least", 10, "rows")
+        check(self, "at least", self.rows, "steps")
+        check_new(self.out)
 
 
 def resident() -> float:
@@ -52,9 +57,6 @@ def watch(collect: Callable[..., ppo.Collected], every: int, found: list[tuple[f
 
 def main() -> None:
     bench = runs.read_config(LongHaul)
-    if bench.steps < bench.rows or bench.rows < 10:
-        runs.fail("rows must be at least 10, and steps at least rows")
-    shutil.rmtree(bench.out, ignore_errors=True)
     config = Config(
         out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
         evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,

@@ -11,7 +11,6 @@ optimiser's state and every figure of metrics.jsonl but times must be those of t
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 import parts
 import ppo
 import runs
+from checks import check, check_new
 
 # what begins, and the seconds after which it is over at the latest
 PHASES = {
@@ -49,7 +49,12 @@ class CrashTest:
     runs: int = 20
     kills: int = 0  # of each run; 0: one to four
     seed: int = 0
-    out: Path = Path("runs/crash-test")
+    out: Path = Path("runs/crash-test")  # must not be there yet
+
+    def __post_init__(self):
+        check(self, "at least", 1, "runs")
+        check(self, "at least", 0, "kills seed")
+        check_new(self.out)
 
 
 def announce(phase: str, number: int, pipe: int) -> None:
@@ -141,7 +146,6 @@ def main() -> None:
     test = runs.read_config(CrashTest)
     torch.set_num_threads(1)  # one that forked from several would hang
     began, rng, bad = time.perf_counter(), random.Random(test.seed), 0
-    shutil.rmtree(test.out, ignore_errors=True)
     test.out.mkdir(parents=True)
     attempt(test.out / "whole")
     expected = outcome(test.out / "whole")

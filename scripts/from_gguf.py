@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import runs
-from checks import check_writable
+from checks import check_new
 
 # tokenizer.ggml.pre: how text is cut before byte pairs are merged (transformers 5.19 doesn't cut smollm at digits)
 CUTS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
@@ -33,7 +33,7 @@ class ConvertConfig:
     folder: tyro.conf.Positional[Path]
 
     def __post_init__(self):
-        check_writable(self.folder, folder=True)
+        check_new(self.folder)
 
 
 def read_header(file: Path) -> tuple[dict, int]:
@@ -77,8 +77,6 @@ def build_tokenizer(metadata: dict) -> PreTrainedTokenizerFast:
 def convert(config: ConvertConfig) -> None:
     """Write the folder whole or not at all; ValueError for a file whose model would come out different."""
     file, folder = config.file, config.folder
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: remove it or name another folder")
     metadata, weights = read_header(file)
     tokenizer = build_tokenizer(metadata)
     loaded = AutoModelForCausalLM.from_pretrained(

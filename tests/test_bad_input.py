@@ -193,10 +193,16 @@ benchmarks/one_gpu.py --device cpu --caps 8 nan         | caps must be a finite 
 benchmarks/one_gpu.py --device cpu --steps 1            | steps must be at least 2
 benchmarks/one_gpu.py --device cpu --samplers sglang    | samplers must be one of torch, vllm
 benchmarks/one_gpu.py --device cpu --model /no/such     | there is no folder /no/such
+benchmarks/long_haul.py --rows 9                        | rows must be at least 10
+benchmarks/long_haul.py --steps 19                      | steps must be at least 20
+benchmarks/long_haul.py --out models                    | models exists already
 benchmarks/random_qwen.py                               | folder
 benchmarks/random_qwen.py new --heads 5                 | a head's width must be whole and even
 benchmarks/random_qwen.py new --vocabulary 100          | vocabulary must be at least 259
 benchmarks/random_qwen.py new --dtype int8              | dtype must be one of
+scripts/crash_test.py --runs 0                          | runs must be at least 1
+scripts/crash_test.py --kills -1                        | kills must be at least 0
+scripts/crash_test.py --out models                      | models exists already
 scripts/from_gguf.py                                    | file
 scripts/from_gguf.py nowhere.gguf new                   | nowhere.gguf
 scripts/from_gguf.py empty.jsonl new                    | empty.jsonl is not a whole GGUF file
