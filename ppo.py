@@ -116,7 +116,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             run.checkpoint(parts.save, state)
 
         while state["progress"] < 1:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             rng = np.random.default_rng([config.seed, state["step"]])
             problems = [data[i] for i in rng.integers(len(data), size=config.problems)]
             trajectories, usage, info = collect(policy, sampler, problems, config, rng)
@@ -131,6 +131,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             advance(state, usage, losses, ended - began, config)
             policy.version = state["step"]
             row = summarize(trajectories) | info | losses | costs(usage, ended - collected, parts.device)
+            row["cpu_seconds"] = time.process_time() - cpu
             if is_due(state, "evaluated", config.evaluations):
                 row |= parts.validate(run, state)
             record(run, state, row)

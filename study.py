@@ -3,7 +3,7 @@
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
-    python study.py compare    # the methods with what was chosen, on the test problems, seeds from 1 on
+    python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
@@ -49,19 +49,18 @@ RATES = ("1e-4", "3e-4", "1e-3")
 CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md); of the knobs, the first
 TARGETS = {
     "mcts": {
-        **{name: f"--distill {name}" for name in LESSONS if name != "best-path"},
-        "right-only": "--no-failures",
-        "best-path-tree-right-only": "--distill best-path-tree --no-failures",
-        "best-path-tree-backbone": "--distill best-path-tree --value-gradient",
-        "backbone": "--value-gradient",
-        "exact": "--reward exact",
+        **{name: f"--failures --distill {name}" for name in LESSONS if name != "best-path"},
+        "best-path-tree-backbone": "--failures --distill best-path-tree --value-gradient",
+        "backbone": "--failures --value-gradient",
+        "exact": "--failures --reward exact",
     },
-    **{method: {"right-only": "--no-failures", "exact": "--reward exact"} for method in ("best-of-n", "cispo", "none")},
+    **{method: {"exact": "--failures --reward exact"} for method in ("best-of-n", "cispo", "none")},
 }
 # not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (stage tune: the same scores)
-COMPARED = {method: (method, "") for method in ("mcts", "best-of-n", "cispo", "none")}
+COMPARED = {method: (method, "--failures") for method in ("mcts", "best-of-n", "cispo", "none")}
 COMPARED |= {f"{method}-right-only": (method, "--no-failures") for method in COMPARED}
-ABLATIONS = {
+COMPARED["best-path-tree-right-only"] = ("mcts", "--no-failures --distill best-path-tree")
+ABLATIONS = {  # of the search with right answers only, which is `mcts-right-only` of stage compare
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "count", "uniform")},  # sum is the preset's
@@ -70,7 +69,6 @@ ABLATIONS = {
     **{f"children-{k}": f"--tree.children {k}" for k in (3, 4)},
     **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128, 256)},
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
-    "right-only": "--no-failures",
     "recomputed": "--old-logprobs recomputed",
     "leaking-split": "--split post",
 }
@@ -101,13 +99,15 @@ class StudyConfig:
 
 def tune(config: StudyConfig) -> Jobs:
     for method, number, rate in product(filter(PROGRAMS.get, config.methods), (0, 1), RATES):
-        options = f"--learning-rate {rate} {KNOBS[method][number]} --tokens 300000 {VALIDATE}"
+        options = f"--learning-rate {rate} {KNOBS[method][number]} --failures --tokens 300000 {VALIDATE}"
         yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} {options}"
 
 
 def rates(config: StudyConfig) -> Jobs:
-    for method, rate in product(filter(PROGRAMS.get, config.methods), RATES[1:]):
-        yield f"{method}-lr{rate}", f"{PROGRAMS[method]} --learning-rate {rate} {KNOBS[method][0]} {BUDGET} {VALIDATE}"
+    for (name, (method, options)), rate in product(COMPARED.items(), RATES[1:]):
+        if name in config.methods:
+            options = f"--learning-rate {rate} {KNOBS[method][0]} {options} {BUDGET} {VALIDATE}"
+            yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
 def targets(config: StudyConfig) -> Jobs:
@@ -126,7 +126,7 @@ def compare(config: StudyConfig) -> Jobs:
 
 def ablate(config: StudyConfig) -> Jobs:
     for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
-        options = f"--seed {seed} --learning-rate {CHOSEN['mcts']} {options} {BUDGET} {TEST}"
+        options = f"--seed {seed} --learning-rate {CHOSEN['mcts']} --no-failures {options} {BUDGET} {TEST}"
         yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
 
 
