@@ -148,7 +148,7 @@ def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, mi
     """Give each trajectory the trainer's own log-probabilities before the update."""
     for group in micro_batches(trajectories, micro_tokens):
         batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
-        logprobs, _, _ = policy.logprobs_and_values(batch, config.temperature)  # [B, T]
+        logprobs, _, _ = policy.logprobs_and_values(batch, config.temperature, critic=False)  # [B, T]
         for trajectory, row in zip(group, logprobs.tolist(), strict=True):
             trajectory.trainer_logprobs = row[len(row) - len(trajectory.completion) :]
 
@@ -170,7 +170,10 @@ def batch_loss(
     critic_weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over the step
     weights = token_weights(mask * taught, config.normalize, policy_lengths)  # [B, T], the same
 
-    logprobs, values, entropy = policy.logprobs_and_values(batch, config.temperature, config.value_gradient)  # [B, T]
+    critic = group[0].advantages is None or group[0].returns is not None  # whether anything asks for V, or teaches it
+    logprobs, values, entropy = policy.logprobs_and_values(
+        batch, config.temperature, config.value_gradient, critic
+    )  # [B, T]
     if group[0].advantages is None:
         advantage = gae(reward, values.detach(), mask, config.gae_lambda)
         target = advantage + values.detach()

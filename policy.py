@@ -22,7 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from countdown import Problem, Reward, prompt, verify
 
-LOGIT_CHUNK = 2**22  # elements of [rows, vocabulary] alive at once
+LOGIT_CHUNK = (
+    2**24
+)  # elements of [rows, vocabulary] alive at once; with fewer the head's gradient is added up too often
 VALUE_HEAD = Path("value_head") / "weights.safetensors"  # in a saved policy
 CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
@@ -166,13 +168,16 @@ class Policy(nn.Module):
         return Batch(ids, attention, completion)
 
     def logprobs_and_values(
-        self, batch: Batch, temperature: float = 1.0, value_gradient: bool = False
+        self, batch: Batch, temperature: float = 1.0, value_gradient: bool = False, critic: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """log pi(a_t | s_t) at `temperature`, V(s_t) and the entropy of pi(. | s_t), each [B, T] over the completion;
-        s_t is the state before token t. The entropy carries no gradient; V's stops at the backbone by default."""
+        s_t is the state before token t. The entropy carries no gradient; V's stops at the backbone by default. Without
+        `critic` V is 0 and costs nothing."""
         with self.recomputing():
             targets, hidden = self._states(batch)
         logprobs, entropy = chunked_logprobs(self.head, hidden, targets, temperature)
+        if not critic:
+            return logprobs, torch.zeros_like(logprobs), entropy
         values = self.value_head(hidden if value_gradient else hidden.detach())
         return logprobs, values, entropy
 
@@ -233,9 +238,10 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
 
     def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(head(states) / temperature, -1)  # [rows, V]
-        with torch.no_grad():
+        chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)  # [rows]
+        with torch.no_grad():  # last: the backward pass recomputes no further than it needs
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+        return chosen, entropy
 
     states, tokens = hidden.flatten(0, 1), targets.flatten()  # [B T, H], [B T]
     vocabulary = head(states[:1]).shape[-1]

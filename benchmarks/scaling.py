@@ -1,0 +1,85 @@
+"""Does a simulation cost the same in one tree and in 256, in 8 simulations and in 1,024?
+
+    python -m benchmarks.scaling --out runs/scaling.json
+
+K = 8 and uniform priors, so that no tree is searched out: how many simulations still expand a node is in the table.
+Seconds are the process's own on the CPU, with one thread; the prompts' one prefill is part of the first wave.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import runs
+from checks import check, check_writable
+from config import Config
+from countdown import make_problems
+from loading import TINY, load_policy
+from mcts import SearchConfig, search
+from policy import Policy
+from sampling import TorchSampler
+
+
+@dataclass
+class Bench:
+    """Time searches of more and more trees, and of more and more simulations."""
+
+    trees: tuple[int, ...] = (1, 4, 16, 64, 256)
+    simulations: tuple[int, ...] = (8, 32, 128, 512, 1024)
+    of: tuple[int, int] = (32, 16)  # simulations of the first row of searches, trees of the second
+    children: int = 8
+    repeats: int = 3
+    out: Path = Path("runs/scaling.json")
+
+    def __post_init__(self):
+        check(self, "at least", 1, "trees simulations of children repeats")
+        check_writable(self.out)
+
+
+def measure(policy: Policy, trees: int, config: SearchConfig, repeats: int) -> dict:
+    """Milliseconds of a simulation, and what it found to do."""
+    problems, times = make_problems(trees, "train"), []
+    prompts = [policy.encode(problem) for problem in problems]
+    for _ in range(repeats):
+        sampler, began = TorchSampler(policy), time.process_time()
+        searched, usage = search(
+            problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems)))
+        )
+        times.append(time.process_time() - began)
+    done = sum(tree.simulations for tree in searched)
+    expanded = sum(tree.expansions for tree in searched) / done
+    cost = 1000 * median(times)
+    return {
+        "trees": trees,
+        "simulations": config.simulations,
+        "ms": cost / done,
+        "expanded": expanded,
+        "ms_expansion": cost / (done * expanded),
+        "us_token": 1000 * cost / usage.generated,
+    }
+
+
+def main() -> None:
+    bench = runs.read_config(Bench)
+    torch.set_num_threads(1)
+    policy = load_policy(TINY, train=False)
+    base = replace(Config().search_config, children=bench.children, prior="uniform")
+    sizes = [(trees, bench.of[0]) for trees in bench.trees] + [(bench.of[1], count) for count in bench.simulations]
+    measure(policy, 4, base, 1)  # warm-up
+    rows = []
+    print("| trees | simulations | ms a simulation | of them expand | ms an expansion | µs a token |\n|" + "---|" * 6)
+    for trees, simulations in sizes:
+        row = measure(policy, trees, replace(base, simulations=simulations), bench.repeats)
+        rows.append(row)
+        shown = f"{row['ms']:.2f} | {row['expanded']:.0%} | {row['ms_expansion']:.2f} | {row['us_token']:.0f}"
+        print(f"| {trees} | {simulations} | {shown} |", flush=True)
+    bench.out.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(bench.out, json.dumps(asdict(bench) | {"scaling": rows} | runs.provenance(), indent=1, default=str))
+
+
+if __name__ == "__main__":
+    runs.command(main)
