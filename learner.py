@@ -133,8 +133,8 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
 
 
 def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[Trajectory]]:
-    """Trajectories of similar length together, at most `tokens` (padding included) in each group."""
-    groups = batches([len(t.prompt) + len(t.completion) for t in trajectories], tokens)
+    """Trajectories of similar length together, at most `tokens` in each group, a tenth of them padding."""
+    groups = batches([len(t.prompt) + len(t.completion) for t in trajectories], tokens, padding=0.1)
     return [[trajectories[i] for i in group] for group in groups]
 
 

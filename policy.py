@@ -253,12 +253,17 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
 
 
-def batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices in groups of similar length, longest first, of at most `tokens` each, padding included (but one row at
-    least)."""
+def batches(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
+    """Indices in groups of similar length, longest first, of at most `tokens` each, padding included, of which it is
+    at most the share `padding` (but one row at least)."""
+
+    def takes(group: list[int], i: int) -> bool:
+        area = lengths[group[0]] * (len(group) + 1)
+        return area <= tokens and area - sum(lengths[j] for j in group) - lengths[i] <= padding * area
+
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+        if groups and takes(groups[-1], i):
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -197,6 +197,9 @@ def test_batches_hold_every_index_once_and_fit(lengths, tokens):
     assert in_order == sorted(in_order, reverse=True)
     for one in groups[:-1]:  # as few as that allows
         assert lengths[one[0]] * (len(one) + 1) > tokens
+    for group in batches(lengths, tokens, padding=0.1):
+        area = len(group) * max(lengths[i] for i in group)
+        assert area - sum(lengths[i] for i in group) <= 0.1 * area
 
 
 @pytest.mark.parametrize(("tokens", "shapes"), [(1, 6), (12, 3), (10_000, 1)])
