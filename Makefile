@@ -40,8 +40,11 @@ long-haul: .venv/installed
 	rm -rf runs/long-haul
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.long_haul $(ARGS)
 
+# the kit beside its peers, some ten minutes; one table alone: make bench BENCH=speed ARGS="--only search". TRL is
+# beside it after .venv/bin/python -m pip install -r requirements-bench.txt, vLLM after make test-vllm
+BENCH ?= speed training scaling game learning shares
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+	set -e; for name in $(BENCH); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

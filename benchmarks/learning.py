@@ -3,7 +3,7 @@
     python -m benchmarks.learning --out runs/learning.json
 
 Both commits run the same recipe (preset tiny, K = 2, one thread) for their first tokens; the older one in a git
-worktree made for it. Seconds are the process's own on the CPU: `time.perf_counter` is `time.process_time` in these runs.
+worktree made for it. Seconds are the process's own on the CPU: time.perf_counter is time.process_time in these runs.
 Tokens to a score are read from results/compare, where a score was measured every 100,000 tokens, and are the same for
 both commits: the recipe is, and speed is all that has changed.
 """
@@ -87,11 +87,9 @@ def main() -> None:
                 row = {"method": method, "before": before, "now": now, "tokens": reached}
                 rows.append(row)
                 million = median(reached) / 1e6 if reached else float("nan")
-                print(
-                    f"| {method} | {before:.0f} | {now:.0f} | {now / before:.2f} | {million:.2f} M ({len(reached)} seeds) "
-                    f"| {million * before:.0f} | {million * now:.0f} |",
-                    flush=True,
-                )
+                costs = f"{before:.0f} | {now:.0f} | {now / before:.2f}"
+                scores = f"{million:.2f} M ({len(reached)} seeds) | {million * before:.0f} | {million * now:.0f}"
+                print(f"| {method} | {costs} | {scores} |", flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", str(old)], check=True)
     bench.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,17 @@
 """Sampling and search beside what a user would write without this kit, measured side by side in one run.
 
     python -m benchmarks.speed                                  # prints a table of ratios, writes runs/speed.json
-    python -m benchmarks.speed --rows 64 512 2048 --repeats 5
+    python -m benchmarks.speed --only sampling --rows 64 512 2048 --repeats 5
 
-Each figure is the median of `--repeats` measurements of both sides, taken in turn after a warm-up. The floor of
-sampling is arithmetic: the products with the weights for every token that is run, at the rate that this machine
-reaches on products of that shape. Attention, norms, draws and Python come on top of it.
+Each figure is the median of `--repeats` measurements of both sides, taken in turn after a warm-up. On one thread a
+second is one of the process's own on the CPU, so that other programs hardly matter. vLLM runs in an environment of its
+own, before the others. The floor of sampling is arithmetic: the products with the weights for every token that is run,
+at the rate that this machine reaches on products of that shape. Attention, norms, draws and Python come on top of it.
 """
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +21,7 @@ from statistics import median
 import torch
 
 import runs
-from checks import check, check_writable
+from checks import check, check_choices, check_writable
 from config import Config
 from countdown import make_problems
 from loading import TINY, load_policy
@@ -26,23 +29,28 @@ from mcts import SearchConfig, Tree, search
 from policy import Policy, left_pad
 from sampling import Sample, TorchSampler, Usage
 
+KIT = Path(__file__).parents[1]
 SIBLINGS, LENGTH = 8, 64  # completions a prompt, tokens of one at most
+SECTIONS = ("sampling", "search")
 
 
 @dataclass
 class Bench:
     """Time the kit beside its peers on the embedded policy."""
 
+    only: tuple[str, ...] = SECTIONS
     rows: tuple[int, ...] = (64, 512, 2048)  # sequences sampled together
     trees: int = 64
     peer_trees: int = 4  # the peer searches them one expansion at a time
     children: int = 4
     simulations: int = 128
     repeats: int = 3
-    threads: int = 2
+    threads: int = 1
+    vllm: Path = Path(".venv-vllm/bin/python")  # the Python of an environment that has vLLM (make test-vllm)
     out: Path = Path("runs/speed.json")
 
     def __post_init__(self):
+        check_choices(self, only=SECTIONS)
         check(self, "at least", SIBLINGS, "rows")
         check(self, "at least", 1, "trees peer_trees children simulations repeats threads")
         check_writable(self.out)
@@ -124,6 +132,38 @@ def measure_sampling(policy: Policy, rows: int, repeats: int) -> dict:
     return {"rows": rows, "ours": ours, "peer": peer, "ratio": ours / peer, "floor": floor(policy, rows)}
 
 
+def measure_vllm(bench: Bench) -> dict[str, float]:
+    """Tokens a second of vLLM for each number of rows; none, and a line that says why, where it can't be had."""
+    if not bench.vllm.exists():
+        print(f"vLLM: {bench.vllm} is not there (make test-vllm makes it): skipped")
+        return {}
+    command = [str(bench.vllm.absolute()), "-m", "benchmarks.vllm_cpu", *map(str, bench.rows)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(bench.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"vLLM: ended with code {done.returncode} ({done.stderr.strip()[-200:]}): skipped")
+        return {}
+    return {rows: median(rates) for rows, rates in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def bench_sampling(policy: Policy, bench: Bench) -> list[dict]:
+    """The table of sampling."""
+    vllm, found = measure_vllm(bench), []
+    print("| sampling, rows | ours, tokens/s | generate | ratio | vLLM | ratio | share of the floor |\n|" + "---|" * 7)
+    for rows in bench.rows:
+        row = measure_sampling(policy, rows, bench.repeats) | {"vllm": vllm.get(str(rows))}
+        found.append(row)
+        other = f"{row['vllm']:,.0f} | {row['ours'] / row['vllm']:.2f}" if row["vllm"] else " | "
+        share = row["ours"] / row["floor"]
+        shown = f"{row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {other} | {share:.0%}"
+        print(f"| {rows} | {shown} |", flush=True)
+    return found
+
+
 def measure_search(policy: Policy, bench: Bench) -> dict:
     """Simulations a second of the kit, all trees together, and of the plain loop, one expansion at a time."""
     base = replace(Config().search_config, children=bench.children, simulations=bench.simulations)
@@ -161,27 +201,28 @@ def measure_search(policy: Policy, bench: Bench) -> dict:
     }
 
 
+def bench_search(policy: Policy, bench: Bench) -> dict:
+    """The line about search."""
+    found = measure_search(policy, bench)
+    print(
+        f"search, K={bench.children}, {bench.simulations} simulations: {found['ours']:,.0f} simulations/s "
+        f"({found['ours'] / bench.simulations:.1f} problems/s) with {bench.trees} trees, the plain loop "
+        f"{found['peer']:,.0f}, ratio {found['ratio']:.1f}; outside the sampler {found['outside_sampler']:.0%}; "
+        f"prefilled over distinct tokens {found['prefilled']:.3f}, run in all {found['run']:.2f}"
+    )
+    return found
+
+
 def main() -> None:
     bench = runs.read_config(Bench)
     torch.set_num_threads(bench.threads)
+    if bench.threads == 1:
+        time.perf_counter = time.process_time
     policy = load_policy(TINY, train=False)
-    print("| sampling, rows | ours, tokens/s | generate | ratio | share of the floor |\n|" + "---|" * 5)
-    sampling = []
-    for rows in bench.rows:
-        row = measure_sampling(policy, rows, bench.repeats)
-        sampling.append(row)
-        share = row["ours"] / row["floor"]
-        print(f"| {rows} | {row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {share:.0%} |", flush=True)
-    found = measure_search(policy, bench)
-    print(
-        f"search, K={bench.children}, {bench.simulations} simulations: {found['ours']:,.0f} simulations/s with "
-        f"{bench.trees} trees, the plain loop {found['peer']:,.0f}, ratio {found['ratio']:.1f}; outside the sampler "
-        f"{found['outside_sampler']:.0%}; prefilled over distinct tokens {found['prefilled']:.3f}, run in all "
-        f"{found['run']:.2f}"
-    )
+    sections = {"sampling": bench_sampling, "search": bench_search}
+    found = {name: sections[name](policy, bench) for name in bench.only}
     bench.out.parent.mkdir(parents=True, exist_ok=True)
-    made = asdict(bench) | {"sampling": sampling, "search": found} | runs.provenance()
-    runs.write(bench.out, json.dumps(made, indent=1, default=str))
+    runs.write(bench.out, json.dumps(asdict(bench) | found | runs.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":

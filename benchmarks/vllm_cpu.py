@@ -1,6 +1,8 @@
 """vLLM's share of benchmarks/speed.py, run by the Python of an environment that has it (`make test-vllm` makes one).
 
-.venv-vllm/bin/python -m benchmarks.vllm_cpu 64 512     # a line of JSON: CPU seconds and tokens for each size
+    .venv-vllm/bin/python -m benchmarks.vllm_cpu 64 512     # a line of JSON: tokens a CPU second for each size
+
+Prompts go in as token ids and completions stay so, without log-probabilities; all of a size are submitted at once.
 """
 
 import json
@@ -10,22 +12,37 @@ import time
 
 from benchmarks.speed import LENGTH, SIBLINGS
 from countdown import make_problems
-from engines import VLLMSampler
 from loading import TINY, load_policy
 
 REPEATS = 3
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, whose CPU seconds are counted
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+}
 
 
 def main() -> None:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+
     policy, found = load_policy(TINY, train=False), {}
-    sampler = VLLMSampler(policy, policy.lm.config.max_position_embeddings)
+    llm = LLM(
+        str(TINY), skip_tokenizer_init=True, dtype="float32", generation_config="vllm", enforce_eager=True,
+        max_num_seqs=max(map(int, sys.argv[1:])), enable_prefix_caching=True,
+    )  # fmt: skip
     for rows in map(int, sys.argv[1:]):
-        prompts, rates = [policy.encode(problem) for problem in make_problems(rows // SIBLINGS, "train")], []
+        problems, rates = make_problems(rows // SIBLINGS, "train"), []
+        prompts = [{"prompt_token_ids": policy.encode(problem)} for problem in problems]
+        stops = sorted(policy.stop_ids)
+        wanted = SamplingParams(n=SIBLINGS, max_tokens=LENGTH, stop_token_ids=stops, detokenize=False)
         for _ in range(REPEATS + 1):
             began = time.process_time()
-            _, usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
-            rates.append(usage.generated / (time.process_time() - began))
+            outputs = llm.generate(prompts, wanted, use_tqdm=False)
+            tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+            rates.append(tokens / (time.process_time() - began))
         found[rows] = rates[1:]  # the first one compiles
     print(json.dumps(found))
 

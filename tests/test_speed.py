@@ -1,6 +1,7 @@
 """Tests of benchmarks/speed.py: the peer is a real one, and the counts that no machine's noise can hide stay small."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -53,9 +54,11 @@ def test_a_search_runs_hardly_more_than_its_distinct_tokens(policy):
 
 def test_the_command_prints_ratios_and_keeps_them(tmp_path, monkeypatch, capsys):
     """Prevents a benchmark that fails after its minutes."""
-    args = "--rows 8 --trees 2 --peer-trees 1 --simulations 6 --repeats 1 --threads 1".split()
+    args = "--rows 8 --trees 2 --peer-trees 1 --simulations 6 --repeats 1 --threads 1 --vllm nowhere".split()
     monkeypatch.setattr("sys.argv", ["speed.py", *args, "--out", str(tmp_path / "deep" / "speed.json")])
+    monkeypatch.setattr("time.perf_counter", time.perf_counter)  # given back afterwards
     speed.main()
     found = json.loads((tmp_path / "deep" / "speed.json").read_text())
     assert found["sampling"][0]["ratio"] > 0 and found["search"]["ratio"] > 0 and found["torch"]
-    assert 0 < found["search"]["prefilled"] < 1.1 and "simulations/s" in capsys.readouterr().out
+    assert 0 < found["search"]["prefilled"] < 1.1 and "simulations/s" in (out := capsys.readouterr().out)
+    assert "vLLM: nowhere is not there" in out

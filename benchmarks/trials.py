@@ -1,0 +1,121 @@
+"""Ways to sample faster that were tried: bf16 weights, torch.compile, two products in place of SDPA.
+
+    python -m benchmarks.trials --rows 512 --out runs/trials.json
+
+Each is sampled in turn with the same seeds; beside its tokens a CPU second (one thread) stand the share of samples that
+are plain fp32's to the last token, and how far its log-probabilities are from those that the fp32 trainer gives.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import runs
+from benchmarks.speed import LENGTH, SIBLINGS
+from checks import check, check_choices, check_writable
+from countdown import make_problems
+from loading import TINY, load_policy
+from policy import Policy
+from sampling import Sample, TorchSampler
+
+
+def two_products(module, query, key, value, attention_mask, scaling, **options):
+    """Attention of one query a row [rows, heads, 1, dim]; of more SDPA's."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))  # [rows, heads, 1, columns]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None  # [rows, 1, heads, dim]
+
+
+def with_two_products() -> Policy:
+    AttentionInterface.register("two_products", two_products)
+    AttentionMaskInterface.register("two_products", sdpa_mask)
+    policy = load_policy(TINY, train=False)
+    policy.lm.config._attn_implementation = "two_products"
+    return policy
+
+
+def with_compile() -> Policy:
+    """Norms and MLPs compiled for any number of rows; attention writes its cache from Python."""
+    policy = load_policy(TINY, train=False)
+    for layer in policy.lm.model.layers:
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
+    return policy
+
+
+TRIALS = {
+    "fp32": lambda: load_policy(TINY, train=False),
+    "bf16": lambda: load_policy(TINY, train=False, dtype="bfloat16"),
+    "compile": with_compile,
+    "two-products": with_two_products,
+}
+
+
+@dataclass
+class Bench:
+    """Time ways to sample beside plain fp32."""
+
+    trials: tuple[str, ...] = tuple(TRIALS)  # the first is what the others are held against
+    rows: int = 512
+    repeats: int = 3
+    out: Path = Path("runs/trials.json")
+
+    def __post_init__(self):
+        check_choices(self, trials=TRIALS)
+        check(self, "at least", SIBLINGS, "rows")
+        check(self, "at least", 1, "repeats")
+        check_writable(self.out)
+
+
+def disagreement(trainer: Policy, prompts: list[list[int]], rows: list[list[Sample]]) -> float:
+    """Mean |log pi_sampler - log pi_trainer| over the tokens of the samples."""
+    distance = tokens = 0.0
+    for prompt, samples in zip(prompts, rows, strict=True):
+        batch = trainer.batch([prompt] * len(samples), [s.tokens for s in samples])
+        with torch.no_grad():
+            logprobs = trainer.logprobs_and_values(batch)[0]  # [B, T]
+        for row, sample in zip(logprobs, samples, strict=True):
+            distance += (row[-len(sample.tokens) :] - torch.tensor(sample.logprobs)).abs().sum().item()
+            tokens += len(sample.tokens)
+    return distance / tokens
+
+
+def main() -> None:
+    bench = runs.read_config(Bench)
+    torch.set_num_threads(1)
+    trainer = load_policy(TINY, train=False)
+    prompts = [trainer.encode(problem) for problem in make_problems(bench.rows // SIBLINGS, "train")]
+    samplers = {name: TorchSampler(TRIALS[name](), bench.rows) for name in bench.trials}
+    rates, drawn = {name: [] for name in samplers}, {}
+    for _ in range(bench.repeats + 1):
+        for name, sampler in samplers.items():
+            began = time.process_time()
+            drawn[name], usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+            rates[name].append(usage.generated / (time.process_time() - began))
+    found, first = [], bench.trials[0]
+    print("| sampler | tokens/s | ratio | same samples | disagreement, nats a token |\n|" + "---|" * 5)
+    for name in samplers:
+        rate = median(rates[name][1:])  # the first one compiles
+        pairs = [(a.tokens, b.tokens) for x, y in zip(drawn[first], drawn[name]) for a, b in zip(x, y)]
+        row = {"trial": name, "rate": rate, "same": sum(a == b for a, b in pairs) / len(pairs)}
+        row |= {"ratio": rate / median(rates[first][1:]), "disagreement": disagreement(trainer, prompts, drawn[name])}
+        found.append(row)
+        print(
+            f"| {name} | {rate:,.0f} | {row['ratio']:.2f} | {row['same']:.0%} | {row['disagreement']:.1e} |", flush=True
+        )
+    bench.out.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(bench.out, json.dumps(asdict(bench) | {"trials": found} | runs.provenance(), indent=1, default=str))
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,79 @@
+"""Tests of the benchmarks beside speed.py: each command runs on a small size, and what they compare is the same."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import game, learning, scaling, shares, training, trials
+from learner import gradients, make_optimizer
+from loading import load_policy
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "key"),
+    [
+        (game, "--problems 20 --answers 5 --repeats 1", "verified"),
+        (scaling, "--trees 1 2 --simulations 4 --of 4 2 --repeats 1", "scaling"),
+        (shares, "--rows 8", "shares"),
+        (trials, "--trials fp32 two-products --rows 8 --repeats 1", "trials"),
+    ],
+)
+def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys, module, args, key):
+    """Prevents a benchmark that fails after its minutes."""
+    monkeypatch.setattr("sys.argv", [module.__name__, *args.split(), "--out", str(tmp_path / "deep" / "found.json")])
+    module.main()
+    found = json.loads((tmp_path / "deep" / "found.json").read_text())
+    assert found[key] and found["torch"] and "|---|" in capsys.readouterr().out
+
+
+def test_two_products_are_attention():
+    """Prevents a trial that is fast because it is wrong."""
+    prompts = [[5, 6, 7], [8, 9]]
+    plain, other = (trials.TorchSampler(trials.TRIALS[name]()) for name in ("fp32", "two-products"))
+    found, expected = (sampler.sample(prompts, 4, [1, 2], 12)[0] for sampler in (other, plain))
+    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+        assert a.tokens == b.tokens and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_the_answers_to_verify_are_what_they_are_called():
+    """Prevents a rate of something else."""
+    found = {kind: [game.verify(*pair) for pair in pairs] for kind, pairs in game.answers(50).items()}
+    assert share(found["right"], "correct") > 0.9 and {r.reason for r in found["none"]} == {"no answer"}
+    assert not any(r.parsed for r in found["broken"]) and share(found["wrong"], "parsed") > 0.9
+
+
+def share(rewards, name: str) -> float:
+    return sum(getattr(reward, name) for reward in rewards) / len(rewards)
+
+
+def test_a_side_makes_the_step_it_is_asked_for(tmp_path):
+    """Prevents a time of another step than the kit's, a gradient of another batch, and a side that does not end."""
+    batch = training.tiny_batch()
+    for name in ("prompts", "completions", "logprobs", "advantages"):
+        batch[name] = batch[name][:32]
+    (tmp_path / "batch.json").write_text(json.dumps(batch | {"threads": 1}))
+    side = training.Side("kit", str(tmp_path), "512")
+    side.step()
+    side.step()
+    found = side.end()
+    assert found["seconds"] > 0 and 0 <= found["padding"] <= 0.1 and side.process.returncode == 0
+    policy, config = load_policy(batch["model"], train=False), training.settings(batch["model"])
+    gradients(policy, make_optimizer(policy, config), training.read_trajectories(batch), config, 10_000)
+    here = {name: p.grad for name, p in policy.lm.named_parameters() if p.grad is not None}
+    assert training.compare(load_file(tmp_path / "kit.safetensors"), here) < 1e-4
+    with pytest.raises(ValueError, match="other weights"):
+        training.compare({"a": torch.ones(1)}, here)
+
+
+def test_a_side_that_fails_is_told(tmp_path):
+    """Prevents a benchmark that waits for a process that is gone."""
+    with pytest.raises(ValueError, match="ended with code 1"):
+        training.Side("kit", str(tmp_path), "512")
+
+
+def test_tokens_to_a_score_are_those_of_the_logs():
+    """Prevents a seed that never reached the score from counting."""
+    assert len(learning.tokens_to("cispo", 0.05)) == 5 and learning.tokens_to("cispo", 0.99) == []
+    assert min(learning.tokens_to("cispo", 0.07)) > 100_000
