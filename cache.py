@@ -1,6 +1,6 @@
 """Keys and values of the tokens that a sampler has read: what its attention looks back at.
 
-    Rows    the sequences of one call, a buffer a layer, written in place; ended rows make room for others
+    Rows    the sequences of one call, a buffer a layer, written in place; rows that end make room
     Pool    what is kept between calls, a slot a token: a step of a tree search inherits the states of all tokens before
             it and none is ever run again (vLLM's paged attention, Kwon et al. 2023, with blocks of one token)
 
@@ -28,6 +28,7 @@ class Layer(DynamicLayer):
         super().__init__()
         self.length = length
         self.buffers: list[Tensor] = []
+        self.most = 0  # rows that there may be later
 
     def hold(self, rows: int, states: Sequence[Tensor]) -> list[Tensor]:
         """Make buffers for `rows` rows, shaped and typed like keys and values [..., heads, _, dim]; returns the filled
@@ -42,8 +43,8 @@ class Layer(DynamicLayer):
         start, self.length = self.length, self.length + keys.shape[2]
         if not self.buffers or self.length > self.buffers[0].shape[2]:
             old = [buffer[: len(keys), :, :start] for buffer in self.buffers]
-            for source, target in zip(old, self.hold(len(keys), (keys, values))):
-                target[:, :, :start] = source
+            for source, target in zip(old, self.hold(max(len(keys), self.most), (keys, values))):
+                target[: len(keys), :, :start] = source
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[: len(new), :, start : self.length] = new
         self.keys, self.values = (buffer[: len(keys), :, : self.length] for buffer in self.buffers)
@@ -62,19 +63,13 @@ class Rows(Cache):
     def __init__(self):
         super().__init__(layer_class_to_replicate=Layer)
 
-    def repeat(self, n: int) -> "Rows":
-        """Each row n times."""
-        rows = Rows()
-        for old in self.layers:
-            new = Layer(old.length)
-            for source, target in zip((old.keys, old.values), new.hold(n * len(old.keys), old.buffers)):
-                target.unflatten(0, (-1, n))[:] = source[:, None]
-            rows.layers.append(new)
-        return rows
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the rows `source` [m] over the rows `target` [m]."""
+    def move(self, source: Tensor, target: Tensor, most: int) -> None:
+        """Copy the rows `source` [m] over the rows `target` [m], of which there will be at most `most` from now on."""
         for layer in self.layers:
+            if most > len(layer.buffers[0]):
+                for old, new in zip(layer.buffers, layer.hold(most, layer.buffers)):
+                    new[: len(old)] = old[:, :, : layer.length]
+            layer.most = most
             for buffer in layer.buffers:
                 buffer[target, :, : layer.length] = buffer[source, :, : layer.length]
 

@@ -2,9 +2,10 @@
 
 A sampler continues prefixes: `sample(prefixes, n, …)` returns, for each prefix, n continuations with the token ids, the
 log-probability of every token *under the distribution it was drawn from*, and why it ended. TorchSampler runs
-anywhere PyTorch does: siblings share one prefill of their prefix, which inherits what the search has read before;
-finished rows leave the batch; and each prefix has a random stream of its own, so what is drawn for it does not depend
-on what else is in the batch. engines.py has vLLM for GPUs; tests/test_samplers.py holds both to the same contract.
+anywhere PyTorch does: siblings share one prefill of their prefix, which inherits what the search has read before, and
+every token after it until they differ; finished rows leave the batch; and each prefix has a random stream of its own,
+so what is drawn for it does not depend on what else is in the batch. engines.py has vLLM for GPUs;
+tests/test_samplers.py holds both to the same contract.
 """
 
 import time
@@ -157,20 +158,21 @@ class TorchSampler:
         # u[row, t] decides token t of a row: a stream a prefix, whatever the batch around it
         uniform = np.concatenate([np.random.default_rng(seed).random((n, max_tokens)) for seed in seeds])
         uniform = torch.from_numpy(uniform).to(device)  # [R, T], fp64
-        cache, hidden, attention, run = self._prefill(prefixes, stop_at_step)
+        cache, hidden, attention, run = self._prefill(prefixes, stop_at_step)  # a row a prefix, hidden [B, H]
         length = attention.shape[1]
-        cache, hidden = cache.repeat(n), hidden.repeat_interleave(n, 0)  # [R, H]
-        attention = torch.cat([attention.repeat_interleave(n, 0), attention.new_ones(total, max_tokens)], 1)  # [R, L+T]
+        attention = torch.cat([attention, attention.new_ones(len(prefixes), max_tokens)], 1)  # [B, L + T]
 
         tokens = torch.zeros(total, max_tokens, dtype=torch.long, device=device)  # [R, T]
         logprobs = torch.zeros(total, max_tokens, device=device)  # [R, T]
         lengths, ended = [max_tokens] * total, ["length"] * total
-        alive = torch.arange(total, device=device)  # the sample that each row of the cache writes, [r]
+        alive = torch.arange(total, device=device)  # the samples that are not done, [s]
+        row = alive // n  # of the cache, for each of them [s]: siblings share one until they differ
+        origin = torch.arange(len(prefixes), device=device)  # the prefix of each row, [r]
         stops = torch.tensor(sorted(policy.stop_ids), device=device)
         for t in range(max_tokens):
-            token, logprobs[alive, t] = self._draw(hidden, uniform[alive, t], temperature)  # [r], [r]
+            token, logprobs[alive, t] = self._draw(hidden[row], uniform[alive, t], temperature)  # [s], [s]
             tokens[alive, t] = token
-            done = at_end = torch.isin(token, stops)  # [r]
+            done = at_end = torch.isin(token, stops)  # [s]
             if stop_at_step:
                 done = at_end | self._at_step(tokens[alive, max(0, t + 1 - len(STEP_END)) : t + 1])
             some, last = bool(done.any()), t + 1 == max_tokens
@@ -178,20 +180,19 @@ class TorchSampler:
                 for i, is_end in zip(alive[done].tolist(), at_end[done].tolist(), strict=True):
                     lengths[i], ended[i] = t + 1, "end" if is_end else "step"
             if stop_at_step and (some or last):  # searches go on from here; the last token has not been run
-                rows = (~at_end if last else done & ~at_end).nonzero().flatten().tolist()
-                starts = [(prefixes[i // n], tokens[i, :t].tolist()) for i in alive[rows].tolist()]
-                self.pool.keep(cache, {row: (p + step, len(p)) for row, (p, step) in zip(rows, starts)})
+                steps = (~at_end if last else done & ~at_end).nonzero().flatten()
+                starts = [(prefixes[i // n], tokens[i, :t].tolist()) for i in alive[steps].tolist()]
+                self.pool.keep(cache, {r: (p + step, len(p)) for r, (p, step) in zip(row[steps].tolist(), starts)})
             if last or (some and bool(done.all())):
                 break
-            if some:  # rows from the end take the places of those that are done
-                left = len(done) - int(done.sum())
-                holes, movers = done[:left].nonzero().flatten(), left + (~done[left:]).nonzero().flatten()
-                cache.move(movers, holes)
-                for state in (alive, token, attention):
-                    state[holes] = state[movers]
-                alive, token, attention = alive[:left], token[:left], attention[:left]
-            seen = attention[:, : length + t + 1]  # [r, L + t + 1]
-            hidden = policy.hidden(token[:, None], seen, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            if some:
+                alive, row, token = alive[~done], row[~done], token[~done]
+            parent, moved, place, row, token = share(row, token)
+            cache.move(parent[moved], place[moved], len(alive))
+            origin = torch.empty_like(parent).scatter_(0, place, origin[parent])
+            ids = torch.empty_like(parent).scatter_(0, place, token)  # [r]
+            seen = attention[origin, : length + t + 1]  # [r, L + t + 1]
+            hidden = policy.hidden(ids[:, None], seen, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
         table = zip(tokens.tolist(), logprobs.tolist(), lengths, ended, strict=True)
         samples = [Sample(row[:length], logp[:length], why) for row, logp, length, why in table]
@@ -231,6 +232,25 @@ class TorchSampler:
         at_step = torch.zeros(len(tails), dtype=torch.bool, device=tails.device)
         at_step[[row for row in rows if STEP_END in self.policy.tokenizer.decode(tails[row])]] = True
         return at_step
+
+
+def share(row: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows for samples [s] that have read the cache's `row` and drawn `token`: one for all that have drawn the same.
+
+    Returns for each new row [r] the row it goes on from, which of them [m] must be copied, its place and its token;
+    and for each sample its new row [s]. The first that goes on from a row stays there; others fill the free places, so
+    that new rows are 0 … r - 1.
+    """
+    size = int(token.max()) + 1
+    keys, which = torch.unique(row * size + token, return_inverse=True)  # [r] in the order of rows, [s]
+    parent, count = keys // size, len(keys)
+    stays = parent < count
+    stays[1:] &= parent[1:] != parent[:-1]  # the first one of each row
+    free = torch.ones(count, dtype=torch.bool, device=row.device)
+    free[parent[stays]] = False
+    moved, place = (~stays).nonzero().flatten(), parent.clone()
+    place[moved] = free.nonzero().flatten()
+    return parent, moved, place, place[which], keys % size
 
 
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

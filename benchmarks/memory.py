@@ -127,10 +127,18 @@ def count_update(config: Config, rows: int, length: int) -> int:
 
 
 def count_sampling(config: Config, rows: int, n: int, length: int) -> int:
-    """Bytes at the peak of decoding `rows` sequences, `n` to a prefix: the last 4 of their `length` tokens."""
+    """Bytes at the peak of decoding `rows` sequences, `n` to a prefix, that all differ from their first token on: the
+    last 4 of their `length` tokens."""
+
+    copied = iter([rows, 0, 0])  # rows, after each token but the last
+
+    def differ(row, token):
+        every = torch.arange(rows)
+        return row, every[: next(copied)], every, every, token
+
     prefixes = [[0] * (length - 4)] * (rows // n)
     decode = torch.no_grad()(TorchSampler._decode.__wrapped__)  # inference_mode hides operations inside others
-    with counted(config) as (policy, count):
+    with counted(config) as (policy, count), patch("sampling.share", differ):
         sampler = TorchSampler(policy, rows)
         count.peak = count.now
         decode(sampler, prefixes, n, [0] * len(prefixes), 4, 1.0, False)

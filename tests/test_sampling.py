@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 import sampling
 from loading import load_policy
-from sampling import TorchSampler, Usage, complete, inverse_cdf, stream
+from sampling import TorchSampler, Usage, complete, inverse_cdf, share, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -212,14 +212,32 @@ def test_a_prefix_that_does_not_fit_the_context_is_refused(policy):
 # ------------------------------------------------------------------------------------------------ cost
 
 
-def test_siblings_share_one_prefill_and_ended_rows_leave_the_batch(stopping, forward_passes):
-    """Prevents prefixes computed again for every child, and work on samples that have ended."""
+def test_siblings_share_what_they_have_in_common_and_ended_rows_leave_the_batch(stopping, forward_passes):
+    """Prevents prefixes and first tokens computed again for every child, and work on samples that have ended."""
     rows, usage = draw(stopping, n=6)
     samples = [s for row in rows for s in row]
-    decoded = [sum(len(s.tokens) > t for s in samples) for t in range(1, 12)]
+    written = [(i, s.tokens) for i, row in enumerate(rows) for s in row]
+    decoded = [len({(i, *tokens[:t]) for i, tokens in written if len(tokens) > t}) for t in range(1, 12)]
+    assert sum(decoded) < sum(len(s.tokens) - 1 for s in samples)
     assert forward_passes == [(5, 8), *((rows, 1) for rows in decoded if rows)]
     assert (usage.generated, usage.prefilled) == (sum(len(s.tokens) for s in samples), sum(map(len, PREFIXES)))
     assert usage.seconds > 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=20))
+def test_samples_share_a_row_as_long_as_they_are_equal(pairs):
+    """Prevents a sample that reads another's states, a row copied after it was overwritten, and rows without use."""
+    old, drawn = (torch.tensor(column) for column in zip(*pairs))
+    parent, moved, place, row, token = share(old, drawn)
+    new = {}
+    for pair, at in zip(pairs, row.tolist(), strict=True):
+        assert new.setdefault(at, pair) == pair
+    assert sorted(new) == list(range(len(set(pairs)))) == sorted(place.tolist())
+    for source, at, what in zip(parent.tolist(), place.tolist(), token.tolist(), strict=True):
+        assert new[at] == (source, what)
+    stay = sorted(set(range(len(place))) - set(moved.tolist()))
+    assert torch.equal(parent[stay], place[stay])
+    assert not set(parent[moved].tolist()) & set(place[moved].tolist())
 
 
 def search_twice(policy, sampler, n=6, seed=1):
