@@ -167,10 +167,17 @@ def bench_sampling(policy: Policy, bench: Bench) -> list[dict]:
 def measure_search(policy: Policy, bench: Bench) -> dict:
     """Simulations a second of the kit, all trees together, and of the plain loop, one expansion at a time."""
     base = replace(Config().search_config, children=bench.children, simulations=bench.simulations)
-    spent: list[tuple[list[Tree], Usage, float]] = []
+    spent: list[tuple[list[Tree], Usage, float, int]] = []
+    run, plain = [0], policy.hidden
+
+    def counted(ids, *rest, **cache):
+        run[0] += ids.numel()
+        return plain(ids, *rest, **cache)
+
+    policy.hidden = counted
 
     def rate(sampler, count: int, config: SearchConfig) -> float:
-        problems = make_problems(count, "train")
+        problems, run[0] = make_problems(count, "train"), 0
         began = time.perf_counter()
         prompts = [policy.encode(problem) for problem in problems]
         trees, usage = search(
@@ -178,7 +185,7 @@ def measure_search(policy: Policy, bench: Bench) -> dict:
         )
         seconds = time.perf_counter() - began
         if isinstance(sampler, TorchSampler):
-            spent.append((trees, usage, seconds))
+            spent.append((trees, usage, seconds, run[0]))
             sampler.rest()
         return count * bench.simulations / seconds
 
@@ -189,14 +196,16 @@ def measure_search(policy: Policy, bench: Bench) -> dict:
         ],
         bench.repeats,
     )
-    trees, usage, seconds = spent[-1]
+    del policy.hidden
+    trees, usage, seconds, tokens = spent[-1]
     distinct = sum(len(tree.prompt) + sum(len(node.tokens) for node in tree.nodes()) for tree in trees)
     return {
         "ours": ours,
         "peer": peer,
         "ratio": ours / peer,
         "outside_sampler": 1 - (usage.seconds + usage.critic_seconds) / seconds,
-        "run": (usage.generated + usage.prefilled + usage.valued) / distinct,
+        "run": tokens / distinct,  # padding of the prompts included
+        "drawn": usage.generated / distinct,
         "prefilled": usage.prefilled / distinct,
     }
 
@@ -208,7 +217,8 @@ def bench_search(policy: Policy, bench: Bench) -> dict:
         f"search, K={bench.children}, {bench.simulations} simulations: {found['ours']:,.0f} simulations/s "
         f"({found['ours'] / bench.simulations:.1f} problems/s) with {bench.trees} trees, the plain loop "
         f"{found['peer']:,.0f}, ratio {found['ratio']:.1f}; outside the sampler {found['outside_sampler']:.0%}; "
-        f"prefilled over distinct tokens {found['prefilled']:.3f}, run in all {found['run']:.2f}"
+        f"prefilled over distinct tokens {found['prefilled']:.3f}, run in all {found['run']:.2f}, drawn "
+        f"{found['drawn']:.2f}"
     )
     return found
 
