@@ -186,6 +186,15 @@ benchmarks/speed.py --threads 0                         | threads must be at lea
 benchmarks/speed.py --repeats 0                         | repeats must be at least 1
 benchmarks/speed.py --children 0                        | children must be at least 1
 benchmarks/speed.py --out models                        | models is a folder: name a file
+benchmarks/speed.py --only training                     | only must be
+benchmarks/training.py --models big                     | models must be
+benchmarks/training.py --kit 0                          | kit must be at least 1
+benchmarks/training.py --trl 8                          | trl must be at least 16
+benchmarks/scaling.py --trees 0                         | trees must be at least 1
+benchmarks/game.py --problems 0                         | problems must be at least 1
+benchmarks/learning.py --score 0                        | score must be above 0
+benchmarks/shares.py --rows 4                           | rows must be at least 8
+benchmarks/trials.py --trials fp8                       | trials must be
 benchmarks/memory.py --length 512                       | length must be at least 513
 benchmarks/memory.py --length 99999                     | length must be at most 32768
 benchmarks/one_gpu.py                                   | no NVIDIA GPU is visible
