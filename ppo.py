@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import cluster
 import explorer
+import ranks
 import runs
 from config import Config, parse
 from countdown import Problem, Reward
 from distill import LESSONS
 from evaluate import Score
 from guard import Guard
-from learner import update
+from learner import follow, update
 from mcts import search
-from parts import prepare, record
+from parts import draw, prepare, record
 from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
 
@@ -103,6 +105,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     bar = tqdm(total=100, desc=config.search, unit="%", bar_format=BAR)
     with bar, runs.Run(config.folder, config, resume) as run:
         state = parts.load(run)
+        ranks.synchronize(policy, optimizer)
         state["progress"] = progress(state, config)
         bar.n = bar.initial = int(100 * state["progress"])
         guard = Guard(config.max_kl, config.patience)
@@ -117,8 +120,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
 
         while state["progress"] < 1:
             began, cpu = time.perf_counter(), time.process_time()
-            rng = np.random.default_rng([config.seed, state["step"]])
-            problems = [data[i] for i in rng.integers(len(data), size=config.problems)]
+            problems, rng = draw(data, config, state["step"])
             trajectories, usage, info = collect(policy, sampler, problems, config, rng)
             for trajectory in trajectories:
                 trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
@@ -250,9 +252,14 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     if resume and runs.finished(config.folder):
         print(f"{config.folder} is finished: nothing is left to do")
         return
+    if ranks.join():  # torchrun has started several processes, and this is not the first
+        parts = prepare(config)
+        return follow(parts.policy, parts.optimizer, config)
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
     try:
-        train(config, collectors[config.search], resume)
+        with cluster.collecting(config, collectors[config.search]) as collect:
+            train(config, collect, resume)
+        ranks.leave()
     except torch.OutOfMemoryError as error:
         runs.fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
     except runs.Stopped as reason:

@@ -1,0 +1,347 @@
+"""A cluster: generators in processes of their own, on other cores, GPUs or machines, collect for one trainer. By Ray.
+
+    pip install -r requirements-ray.txt
+    python ppo.py --search mcts --cluster local --generators 2    # Ray begins and ends with the run
+    python ppo.py --search mcts --cluster auto --generators 14    # on a running cluster: README, "More than one GPU"
+
+A step's problems are cut into shards. A generator (policy, critic and sampler in an actor) takes a shard and the newest
+weights, runs the `collect` that one process would run, and hands over what it has collected. The trainer has the shards
+of `max_staleness` steps beyond its own in work, and trains on those that come first.
+
+A shard is the unit of all that can go wrong. What it draws depends on run, step and shard alone. One thread and one
+generator have it at a time, and only what a generator answers is counted: when one has died, or takes too long and is
+killed, the shard goes back to the others. So nothing is lost or counted twice, and what a lost generator had drawn is
+not counted at all. With max_staleness 0 the result is that of one process that collects the same shards one after
+another (`in_shards`), on CPUs to the last bit if they are alike and all processes use as many threads.
+"""
+
+import hashlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import memory
+import ranks
+import runs
+from config import Config
+from countdown import Problem
+from engines import make_sampler, pick_sampler
+from loading import load_policy, pick_device
+from parts import draw, splits
+from policy import Policy
+from sampling import Sampler, TorchSampler, Trajectory, Usage
+
+ATTEMPTS = 5  # generators that a shard may lose before the run is given up
+STARTS = 3  # starts in a row that may fail before a generator is given up
+Collected = tuple[list[Trajectory], Usage, dict[str, float]]
+Collect = Callable[..., Collected]
+
+
+class Lost(Exception):
+    """A generator died, or took too long and was killed."""
+
+
+@dataclass(order=True)
+class Shard:
+    """A part of a step's problems, and the stream that it draws from."""
+
+    step: int
+    number: int
+    problems: list[Problem] = field(compare=False)
+    rng: np.random.Generator = field(compare=False)
+    attempts: int = field(default=0, compare=False)  # generators that were lost with it
+
+
+@dataclass
+class Harvest:
+    """What a shard brought, and the version of the policy that it was collected with."""
+
+    shard: Shard
+    version: int
+    trajectories: list[Trajectory]
+    usage: Usage
+    info: dict[str, float]
+
+
+def cut(problems: list[Problem], rng: np.random.Generator, config: Config, step: int) -> list[Shard]:
+    """A step in shards. Shard k has the step's stream, jumped ahead k times: one shard is the step as it was."""
+    pieces = np.array_split(np.arange(len(problems)), config.cut)
+    streams = [np.random.Generator(rng.bit_generator.jumped(k)) for k in range(config.cut)]
+    return [Shard(step, k, [problems[i] for i in piece], streams[k]) for k, piece in enumerate(pieces)]
+
+
+def merge(harvests: list[Harvest]) -> Collected:
+    """Shards as one step; figures are averaged over problems."""
+    weights = [len(harvest.shard.problems) for harvest in harvests]
+    info = {
+        key: float(np.average([harvest.info[key] for harvest in harvests], weights=weights)) for key in harvests[0].info
+    }
+    return [t for harvest in harvests for t in harvest.trajectories], sum((h.usage for h in harvests), Usage()), info
+
+
+def collect_shard(collect: Collect, policy: Policy, sampler: Sampler, shard: Shard, config: Config) -> Collected:
+    collected = collect(policy, sampler, shard.problems, config, shard.rng)
+    if isinstance(sampler, TorchSampler):  # what it keeps may change the last bit of the next shard
+        sampler.rest()
+    return collected
+
+
+def in_shards(collect: Collect) -> Collect:
+    """A collector that collects the shards of a step one after another, in this process."""
+
+    def collected(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
+        shards = cut(problems, rng, config, policy.version)
+        harvests = [(shard, collect_shard(collect, policy, sampler, shard, config)) for shard in shards]
+        return merge([Harvest(shard, policy.version, *found) for shard, found in harvests])
+
+    return collected
+
+
+@contextmanager
+def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
+    """The collector that the configuration asks for: `collect` as it is, in shards, or by a cluster's generators."""
+    if config.cluster == "none":
+        yield collect if config.cut == 1 else in_shards(collect)
+        return
+    began = connect(config)
+    cluster = Cluster(config, collect)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        if began:
+            cluster.ray.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------ a generator
+
+
+class Generator:
+    """In an actor: policy, critic and sampler, and the newest weights before every shard, never within one."""
+
+    def load(self, config: Config, collect: Collect) -> dict[str, str]:
+        """Make ready for work; what this process runs."""
+        device = pick_device(config.device)
+        engine, plan = pick_sampler(config.sampler, device, config.quantize), memory.plan(config, device)
+        self.policy = load_policy(config.model, config.lora_rank, device, config.dtype, config.quantize, train=False)
+        sizes = plan.context, plan.rows, plan.kept, plan.cache_gb
+        self.sampler = make_sampler(engine, self.policy, *sizes, config.seed)
+        self.config, self.collector, self.policy.version = config, collect, -1
+        return identity()
+
+    def collect(self, shard: Shard, version: int, weights: list) -> Collected:
+        """`weights`: where the weights of `version` are, in a list, so that only who needs them fetches them."""
+        import ray
+
+        if version != self.policy.version:
+            set_weights(self.policy, ray.get(weights[0]))
+            self.policy.version = version
+        return collect_shard(self.collector, self.policy, self.sampler, shard, self.config)
+
+
+def get_weights(policy: Policy) -> dict[str, np.ndarray]:
+    """What training changes, adapter or all weights, and the value head."""
+    return {name: p.detach().cpu().numpy() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_weights(policy: Policy, weights: dict[str, np.ndarray]) -> None:
+    own = dict(policy.named_parameters())
+    for name, array in weights.items():
+        own[name].copy_(torch.tensor(array))
+
+
+def identity() -> dict[str, str]:
+    """Versions and code that a process runs, which must be the trainer's."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return runs.versions() | {"this kit": code.hexdigest()[:12]}
+
+
+# ------------------------------------------------------------------------------------------------ the trainer's side
+
+
+def connect(config: Config) -> bool:
+    """Start Ray or join a cluster; whether it is to be shut down with the run. ValueError if there is too little of
+    it. Nothing is sent to Ray's makers, and no port is opened for a dashboard."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not find_spec("ray"):
+        raise ValueError("Ray is not installed: pip install -r requirements-ray.txt")
+    import ray
+
+    wanted, gpus = config.generators, pick_device(config.device) == "cuda"
+    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
+    began = not ray.is_initialized()
+    if config.cluster == "local" and began:
+        have = torch.cuda.device_count() - ranks.world() if gpus else os.cpu_count()
+        if wanted > have:
+            kind = "GPUs beside the trainer's" if gpus else "cores"
+            raise ValueError(f"{wanted} generators, but {have} {kind}: pass fewer --generators")
+        with only_gpus(ranks.world()):
+            ray.init(num_cpus=wanted, num_gpus=wanted if gpus else 0, include_dashboard=False, **quiet)
+    elif began:
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            raise ValueError("no Ray cluster is running here: ray start --head, or pass --cluster local") from None
+    for kind in ("CPU", "GPU") if gpus else ("CPU",):
+        if (have := ray.cluster_resources().get(kind, 0)) < wanted:
+            if began:
+                ray.shutdown()
+            raise ValueError(f"{wanted} generators, but {have:.0f} {kind}s in the cluster: pass fewer --generators")
+    return began
+
+
+@contextmanager
+def only_gpus(first: int) -> Iterator[None]:
+    """Inside, processes that are started see the GPUs from `first` on: those before are the trainer's."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = before.split(",") if before else [str(i) for i in range(torch.cuda.device_count())]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first:])
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+class Cluster:
+    """A collector whose generators work ahead while the trainer trains."""
+
+    def __init__(self, config: Config, collect: Collect):
+        import ray
+
+        self.ray, self.collector = ray, collect
+        model = Path(config.model).expanduser()
+        self.config = replace(config, model=str(model.resolve()) if model.exists() else config.model)
+        self.data = splits(config)["train"]
+        gpus = float(pick_device(config.device) == "cuda")
+        self.actor = ray.remote(Generator).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        self.weights: tuple = ()  # the newest version, and where its weights are
+        self.ahead = 0  # the first step whose shards are not in work yet
+        self.todo: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
+        self.done: queue.Queue = queue.Queue()  # harvests, and errors
+        self.ready: list[Harvest] = []  # that the trainer has not taken yet
+        self.lost: list[str] = []  # why generators had to be started again, since the last step
+        self.given_up = 0
+        self.closing = threading.Event()
+        self.threads = [threading.Thread(target=self.serve, daemon=True) for _ in range(config.generators)]
+        for thread in self.threads:
+            thread.start()
+
+    def __call__(self, policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
+        """A step's worth of trajectories. `problems` and `rng` are as `draw` makes them, and are made here for the
+        steps ahead too."""
+        began, step = time.perf_counter(), policy.version
+        self.weights = step, self.ray.put(get_weights(policy))
+        first, self.ahead = max(self.ahead, step), step + config.max_staleness + 1
+        for number in range(first, min(self.ahead, config.steps or self.ahead)):
+            for shard in cut(*draw(self.data, config, number), config, number):
+                self.todo.put(shard)
+        harvests, dropped = self.take(step)
+        trajectories, usage, info = merge(harvests)
+        ages = [step - harvest.version for harvest in harvests for _ in harvest.trajectories] or [0]
+        info |= {"age_mean": float(np.mean(ages)), "age_max": max(ages)}
+        info |= {"dropped": sum(len(harvest.trajectories) for harvest in dropped), "restarts": len(self.lost)}
+        self.lost = []
+        usage = sum((harvest.usage for harvest in dropped), usage)
+        return trajectories, usage, info | {"waited_seconds": time.perf_counter() - began}
+
+    def take(self, step: int) -> tuple[list[Harvest], list[Harvest]]:
+        """As many shards as a step has, those of the oldest policy first, and those that were too old: their problems
+        are done again."""
+        taken: list[Harvest] = []
+        dropped: list[Harvest] = []
+        while len(taken) < self.config.cut:
+            self.ready.sort(key=lambda harvest: (harvest.version, harvest.shard))
+            while self.ready and len(taken) < self.config.cut:
+                harvest = self.ready.pop(0)
+                if step - harvest.version <= self.config.max_staleness:
+                    taken.append(harvest)
+                else:
+                    dropped.append(harvest)
+                    self.todo.put(harvest.shard)
+            if len(taken) < self.config.cut:
+                self.ready.append(self.receive())
+        return sorted(taken, key=lambda harvest: harvest.shard), dropped
+
+    def receive(self) -> Harvest:
+        """The next harvest; an error that waiting can't cure is raised."""
+        while not isinstance(found := self.done.get(), Harvest):
+            if not isinstance(found, Lost):
+                raise found
+            self.given_up += 1
+            if self.given_up == len(self.threads):
+                raise ValueError(f"no generator is left, the last one: {found}")
+        return found
+
+    def serve(self) -> None:
+        """The life of a thread: one generator, which is started again when it is lost, and one shard after another."""
+        failed = 0  # starts in a row
+        while not self.closing.is_set():
+            actor, shard = self.actor.remote(), None
+            try:
+                self.greet(self.ask(actor, "load", self.config, self.collector))
+                failed = 0
+                while not self.closing.is_set() and (shard := self.todo.get()).problems:
+                    version, weights = self.weights
+                    self.done.put(Harvest(shard, version, *self.ask(actor, "collect", shard, version, [weights])))
+                    shard = None
+            except Lost as reason:
+                if self.closing.is_set():
+                    return
+                self.lost.append(str(reason))
+                tqdm.write(f"warning: a generator is lost ({reason}): another is started")
+                failed += shard is None
+                if shard:
+                    self.hand_back(shard, reason)
+                if failed == STARTS:
+                    self.done.put(reason)
+                    return
+            except Exception as error:  # the collector's own, or a machine that must not take part
+                self.done.put(error)
+                return
+            finally:
+                self.ray.kill(actor)
+
+    def ask(self, actor, method: str, *args):
+        """A generator's answer. Lost if it dies, or takes too long and is killed; what it raised is raised here."""
+        try:
+            return self.ray.get(getattr(actor, method).remote(*args), timeout=self.config.generator_timeout)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self.ray.exceptions.RayError as error:
+            self.ray.kill(actor)
+            raise Lost(f"{type(error).__name__} in {method}") from error
+
+    def greet(self, theirs: dict[str, str]) -> None:
+        ours = identity()
+        if differ := [f"{name} {theirs.get(name)}" for name in ours | theirs if theirs.get(name) != ours.get(name)]:
+            raise ValueError(f"a generator runs {', '.join(differ)}, unlike the trainer: install the same everywhere")
+
+    def hand_back(self, shard: Shard, reason: Lost) -> None:
+        shard.attempts += 1
+        if shard.attempts < ATTEMPTS:
+            self.todo.put(shard)
+        else:
+            where = f"shard {shard.number} of step {shard.step}"
+            self.done.put(ValueError(f"{where} has ended {ATTEMPTS} generators, the last one: {reason}"))
+
+    def close(self) -> None:
+        """End the generators; what they were at is lost."""
+        self.closing.set()
+        for _ in self.threads:
+            self.todo.put(Shard(-1, 0, [], np.random.default_rng()))
+        for thread in self.threads:
+            thread.join(timeout=10)
