@@ -10,9 +10,9 @@ of `max_staleness` steps beyond its own in work, and trains on those that come f
 
 A shard is the unit of all that can go wrong. What it draws depends on run, step and shard alone. One thread and one
 generator have it at a time, and only what a generator answers is counted: when one has died, or takes too long and is
-killed, the shard goes back to the others. So nothing is lost or counted twice, and what a lost generator had drawn is
-not counted at all. With max_staleness 0 the result is that of one process that collects the same shards one after
-another (`in_shards`), on CPUs to the last bit if they are alike and all processes use as many threads.
+killed, the shard goes back to the others. So nothing is lost or counted twice; what a lost generator had drawn is not
+counted at all. With max_staleness 0 the result is that of one process that collects the same shards one after another
+(`in_shards`), on a CPU to the last bit if all processes use as many threads.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ from sampling import Sampler, TorchSampler, Trajectory, Usage
 
 ATTEMPTS = 5  # generators that a shard may lose before the run is given up
 STARTS = 3  # starts in a row that may fail before a generator is given up
+START_SECONDS = 600  # that a start may take beyond a shard
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 Collect = Callable[..., Collected]
 
@@ -60,15 +61,15 @@ class Shard:
     number: int
     problems: list[Problem] = field(compare=False)
     rng: np.random.Generator = field(compare=False)
-    attempts: int = field(default=0, compare=False)  # generators that were lost with it
+    losses: int = field(default=0, compare=False)  # generators that were lost with it
 
 
 @dataclass
 class Harvest:
-    """What a shard brought, and the version of the policy that it was collected with."""
+    """What a shard brought."""
 
     shard: Shard
-    version: int
+    version: int  # of the policy that it was collected with
     trajectories: list[Trajectory]
     usage: Usage
     info: dict[str, float]
@@ -83,11 +84,9 @@ def cut(problems: list[Problem], rng: np.random.Generator, config: Config, step:
 
 def merge(harvests: list[Harvest]) -> Collected:
     """Shards as one step; figures are averaged over problems."""
-    weights = [len(harvest.shard.problems) for harvest in harvests]
-    info = {
-        key: float(np.average([harvest.info[key] for harvest in harvests], weights=weights)) for key in harvests[0].info
-    }
-    return [t for harvest in harvests for t in harvest.trajectories], sum((h.usage for h in harvests), Usage()), info
+    sizes = [len(h.shard.problems) for h in harvests]
+    info = {name: float(np.average([h.info[name] for h in harvests], weights=sizes)) for name in harvests[0].info}
+    return [t for h in harvests for t in h.trajectories], sum((h.usage for h in harvests), Usage()), info
 
 
 def collect_shard(collect: Collect, policy: Policy, sampler: Sampler, shard: Shard, config: Config) -> Collected:
@@ -102,8 +101,8 @@ def in_shards(collect: Collect) -> Collect:
 
     def collected(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
         shards = cut(problems, rng, config, policy.version)
-        harvests = [(shard, collect_shard(collect, policy, sampler, shard, config)) for shard in shards]
-        return merge([Harvest(shard, policy.version, *found) for shard, found in harvests])
+        found = [collect_shard(collect, policy, sampler, shard, config) for shard in shards]
+        return merge([Harvest(shard, policy.version, *one) for shard, one in zip(shards, found)])
 
     return collected
 
@@ -114,17 +113,11 @@ def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
     if config.cluster == "none":
         yield collect if config.cut == 1 else in_shards(collect)
         return
-    began = connect(config)
-    cluster = Cluster(config, collect)
+    cluster = Cluster(config, collect, connect(config))
     try:
         yield cluster
     finally:
         cluster.close()
-        if began:
-            cluster.ray.shutdown()
-
-
-# ------------------------------------------------------------------------------------------------ a generator
 
 
 class Generator:
@@ -134,10 +127,10 @@ class Generator:
         """Make ready for work; what this process runs."""
         device = pick_device(config.device)
         engine, plan = pick_sampler(config.sampler, device, config.quantize), memory.plan(config, device)
-        self.policy = load_policy(config.model, config.lora_rank, device, config.dtype, config.quantize, train=False)
-        sizes = plan.context, plan.rows, plan.kept, plan.cache_gb
-        self.sampler = make_sampler(engine, self.policy, *sizes, config.seed)
-        self.config, self.collector, self.policy.version = config, collect, -1
+        policy = load_policy(config.model, config.lora_rank, device, config.dtype, config.quantize, train=False)
+        policy.version = -1  # the trainer's weights come with the first shard
+        self.sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
+        self.config, self.collector, self.policy = config, collect, policy
         return identity()
 
     def collect(self, shard: Shard, version: int, weights: list) -> Collected:
@@ -157,9 +150,8 @@ def get_weights(policy: Policy) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def set_weights(policy: Policy, weights: dict[str, np.ndarray]) -> None:
-    own = dict(policy.named_parameters())
     for name, array in weights.items():
-        own[name].copy_(torch.tensor(array))
+        policy.get_parameter(name).copy_(torch.tensor(array))
 
 
 def identity() -> dict[str, str]:
@@ -168,61 +160,43 @@ def identity() -> dict[str, str]:
     return runs.versions() | {"this kit": code.hexdigest()[:12]}
 
 
-# ------------------------------------------------------------------------------------------------ the trainer's side
-
-
 def connect(config: Config) -> bool:
-    """Start Ray or join a cluster; whether it is to be shut down with the run. ValueError if there is too little of
-    it. Nothing is sent to Ray's makers, and no port is opened for a dashboard."""
+    """Start Ray or join a cluster; whether Ray is to end with the run. ValueError if there is too little of it. Nothing
+    is sent to Ray's makers, and no dashboard is started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not find_spec("ray"):
         raise ValueError("Ray is not installed: pip install -r requirements-ray.txt")
     import ray
 
-    wanted, gpus = config.generators, pick_device(config.device) == "cuda"
-    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
-    began = not ray.is_initialized()
-    if config.cluster == "local" and began:
-        have = torch.cuda.device_count() - ranks.world() if gpus else os.cpu_count()
-        if wanted > have:
-            kind = "GPUs beside the trainer's" if gpus else "cores"
-            raise ValueError(f"{wanted} generators, but {have} {kind}: pass fewer --generators")
-        with only_gpus(ranks.world()):
-            ray.init(num_cpus=wanted, num_gpus=wanted if gpus else 0, include_dashboard=False, **quiet)
+    quiet, began = dict(log_to_driver=False, logging_level=logging.ERROR), not ray.is_initialized()
+    wanted, kind = config.generators, "GPU" if pick_device(config.device) == "cuda" else "CPU"
+    if config.cluster == "local":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+        free = gpus[ranks.world() :]  # the first are the trainer's
+        if (have := len(free) if kind == "GPU" else os.cpu_count()) < wanted:
+            raise ValueError(f"{wanted} generators, but {have} {kind}s for them: pass fewer --generators")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(free)  # what Ray's processes are to see
+        ray.init(num_cpus=wanted, num_gpus=len(free), include_dashboard=False, **quiet)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif began:
         try:
             ray.init(address="auto", **quiet)
         except ConnectionError:
             raise ValueError("no Ray cluster is running here: ray start --head, or pass --cluster local") from None
-    for kind in ("CPU", "GPU") if gpus else ("CPU",):
-        if (have := ray.cluster_resources().get(kind, 0)) < wanted:
-            if began:
-                ray.shutdown()
-            raise ValueError(f"{wanted} generators, but {have:.0f} {kind}s in the cluster: pass fewer --generators")
+    if (have := ray.cluster_resources().get(kind, 0)) < wanted:
+        raise ValueError(f"{wanted} generators, but {have:.0f} {kind}s in the cluster: pass fewer --generators")
     return began
-
-
-@contextmanager
-def only_gpus(first: int) -> Iterator[None]:
-    """Inside, processes that are started see the GPUs from `first` on: those before are the trainer's."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = before.split(",") if before else [str(i) for i in range(torch.cuda.device_count())]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first:])
-    try:
-        yield
-    finally:
-        os.environ.pop("CUDA_VISIBLE_DEVICES")
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 class Cluster:
     """A collector whose generators work ahead while the trainer trains."""
 
-    def __init__(self, config: Config, collect: Collect):
+    def __init__(self, config: Config, collect: Collect, began: bool):
+        """`began`: Ray ends with this."""
         import ray
 
-        self.ray, self.collector = ray, collect
+        self.ray, self.began, self.collector = ray, began, collect
         model = Path(config.model).expanduser()
         self.config = replace(config, model=str(model.resolve()) if model.exists() else config.model)
         self.data = splits(config)["train"]
@@ -232,11 +206,11 @@ class Cluster:
         self.ahead = 0  # the first step whose shards are not in work yet
         self.todo: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
         self.done: queue.Queue = queue.Queue()  # harvests, and errors
-        self.ready: list[Harvest] = []  # that the trainer has not taken yet
-        self.lost: list[str] = []  # why generators had to be started again, since the last step
+        self.lost: list[Lost] = []  # why generators had to be started again, since the last step
         self.given_up = 0
-        self.closing = threading.Event()
-        self.threads = [threading.Thread(target=self.serve, daemon=True) for _ in range(config.generators)]
+        self.closing = False
+        self.actors: dict[int, object] = {}  # one a thread
+        self.threads = [threading.Thread(target=self.serve, args=[i], daemon=True) for i in range(config.generators)]
         for thread in self.threads:
             thread.start()
 
@@ -251,29 +225,24 @@ class Cluster:
                 self.todo.put(shard)
         harvests, dropped = self.take(step)
         trajectories, usage, info = merge(harvests)
-        ages = [step - harvest.version for harvest in harvests for _ in harvest.trajectories] or [0]
-        info |= {"age_mean": float(np.mean(ages)), "age_max": max(ages)}
-        info |= {"dropped": sum(len(harvest.trajectories) for harvest in dropped), "restarts": len(self.lost)}
-        self.lost = []
-        usage = sum((harvest.usage for harvest in dropped), usage)
-        return trajectories, usage, info | {"waited_seconds": time.perf_counter() - began}
+        ages = [step - trajectory.version for trajectory in trajectories] or [0]
+        info |= {"age_mean": float(np.mean(ages)), "age_max": max(ages), "restarts": len(self.lost)}
+        info |= {"dropped": sum(len(old.trajectories) for old in dropped)}
+        info |= {"waited_seconds": time.perf_counter() - began}
+        del self.lost[: info["restarts"]]
+        return trajectories, sum((old.usage for old in dropped), usage), info
 
     def take(self, step: int) -> tuple[list[Harvest], list[Harvest]]:
-        """As many shards as a step has, those of the oldest policy first, and those that were too old: their problems
-        are done again."""
+        """As many shards as a step has, as they come, and those that are too old: their problems are done again."""
         taken: list[Harvest] = []
         dropped: list[Harvest] = []
         while len(taken) < self.config.cut:
-            self.ready.sort(key=lambda harvest: (harvest.version, harvest.shard))
-            while self.ready and len(taken) < self.config.cut:
-                harvest = self.ready.pop(0)
-                if step - harvest.version <= self.config.max_staleness:
-                    taken.append(harvest)
-                else:
-                    dropped.append(harvest)
-                    self.todo.put(harvest.shard)
-            if len(taken) < self.config.cut:
-                self.ready.append(self.receive())
+            harvest = self.receive()
+            if step - harvest.version <= self.config.max_staleness:
+                taken.append(harvest)
+            else:
+                dropped.append(harvest)
+                self.todo.put(harvest.shard)
         return sorted(taken, key=lambda harvest: harvest.shard), dropped
 
     def receive(self) -> Harvest:
@@ -286,62 +255,59 @@ class Cluster:
                 raise ValueError(f"no generator is left, the last one: {found}")
         return found
 
-    def serve(self) -> None:
-        """The life of a thread: one generator, which is started again when it is lost, and one shard after another."""
+    def serve(self, number: int) -> None:
+        """A thread: one generator, which is started again when it is lost, and one shard after another."""
         failed = 0  # starts in a row
-        while not self.closing.is_set():
-            actor, shard = self.actor.remote(), None
+        while not self.closing and failed < STARTS:
+            shard, failed = None, failed + 1
+            actor = self.actors[number] = self.actor.remote()
             try:
-                self.greet(self.ask(actor, "load", self.config, self.collector))
+                if (theirs := self.ask(actor, "load", self.config, self.collector)) != (ours := identity()):
+                    raise ValueError(f"a generator runs {theirs}, the trainer {ours}: install the same everywhere")
                 failed = 0
-                while not self.closing.is_set() and (shard := self.todo.get()).problems:
+                while (shard := self.todo.get()).problems and not self.closing:
                     version, weights = self.weights
                     self.done.put(Harvest(shard, version, *self.ask(actor, "collect", shard, version, [weights])))
                     shard = None
             except Lost as reason:
-                if self.closing.is_set():
-                    return
-                self.lost.append(str(reason))
-                tqdm.write(f"warning: a generator is lost ({reason}): another is started")
-                failed += shard is None
-                if shard:
-                    self.hand_back(shard, reason)
-                if failed == STARTS:
-                    self.done.put(reason)
-                    return
+                self.recover(shard, reason, failed)
             except Exception as error:  # the collector's own, or a machine that must not take part
-                self.done.put(error)
-                return
+                return self.done.put(error)
             finally:
                 self.ray.kill(actor)
 
     def ask(self, actor, method: str, *args):
         """A generator's answer. Lost if it dies, or takes too long and is killed; what it raised is raised here."""
+        seconds = self.config.generator_timeout + (START_SECONDS if method == "load" else 0)
         try:
-            return self.ray.get(getattr(actor, method).remote(*args), timeout=self.config.generator_timeout)
+            return self.ray.get(getattr(actor, method).remote(*args), timeout=seconds)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self.ray.exceptions.RayError as error:
             self.ray.kill(actor)
             raise Lost(f"{type(error).__name__} in {method}") from error
 
-    def greet(self, theirs: dict[str, str]) -> None:
-        ours = identity()
-        if differ := [f"{name} {theirs.get(name)}" for name in ours | theirs if theirs.get(name) != ours.get(name)]:
-            raise ValueError(f"a generator runs {', '.join(differ)}, unlike the trainer: install the same everywhere")
-
-    def hand_back(self, shard: Shard, reason: Lost) -> None:
-        shard.attempts += 1
-        if shard.attempts < ATTEMPTS:
-            self.todo.put(shard)
-        else:
-            where = f"shard {shard.number} of step {shard.step}"
-            self.done.put(ValueError(f"{where} has ended {ATTEMPTS} generators, the last one: {reason}"))
+    def recover(self, shard: Shard | None, reason: Lost, failed: int) -> None:
+        """A generator was lost, with a shard in its hands or after `failed` starts in vain."""
+        if self.closing:
+            return
+        self.lost.append(reason)
+        tqdm.write(f"warning: a generator is lost ({reason})")
+        if shard and shard.losses + 1 < ATTEMPTS:
+            self.todo.put(replace(shard, losses=shard.losses + 1))
+        elif shard:
+            self.done.put(ValueError(f"{ATTEMPTS} generators were lost with the same problems, the last one: {reason}"))
+        elif failed == STARTS:
+            self.done.put(reason)
 
     def close(self) -> None:
-        """End the generators; what they were at is lost."""
-        self.closing.set()
+        """End the generators, whatever they are at."""
+        self.closing = True
         for _ in self.threads:
-            self.todo.put(Shard(-1, 0, [], np.random.default_rng()))
+            self.todo.put(Shard(-1, 0, [], np.random.default_rng()))  # comes first, and wakes a thread that waits
+        for actor in list(self.actors.values()):
+            self.ray.kill(actor)
         for thread in self.threads:
             thread.join(timeout=10)
+        if self.began:
+            self.ray.shutdown()

@@ -61,7 +61,7 @@ class Config:
     generators: int = 1  # processes that collect for the trainer, each on a GPU of its own where there are GPUs
     shards: int = 0  # that a step is cut into; 0: one a generator
     max_staleness: int = 1  # updates that a cluster's trajectory may be behind the trainer; 0: as one process
-    generator_timeout: float = 1_800.0  # seconds for a start or a shard, then a generator is taken for hung
+    generator_timeout: float = 1_800.0  # seconds for a shard, after which a generator is taken for hung
 
     # memory
     lora_rank: int = 0  # 0 trains all weights

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cluster
 import explorer
 import ranks
 import runs
+from cluster import Collected, collecting
 from config import Config, parse
 from countdown import Problem, Reward
 from distill import LESSONS
@@ -33,8 +33,6 @@ from mcts import search
 from parts import draw, prepare, record
 from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
-
-Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------ collecting
 
@@ -257,7 +255,7 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
         return follow(parts.policy, parts.optimizer, config)
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
     try:
-        with cluster.collecting(config, collectors[config.search]) as collect:
+        with collecting(config, collectors[config.search]) as collect:
             train(config, collect, resume)
         ranks.leave()
     except torch.OutOfMemoryError as error:
