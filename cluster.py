@@ -15,7 +15,6 @@ counted at all. With max_staleness 0 the result is that of one process that coll
 (`in_shards`), on a CPU to the last bit if all processes use as many threads.
 """
 
-import hashlib
 import logging
 import os
 import queue
@@ -131,33 +130,17 @@ class Generator:
         policy.version = -1  # the trainer's weights come with the first shard
         self.sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
         self.config, self.collector, self.policy = config, collect, policy
-        return identity()
+        return runs.identity()
 
     def collect(self, shard: Shard, version: int, weights: list) -> Collected:
         """`weights`: where the weights of `version` are, in a list, so that only who needs them fetches them."""
         import ray
 
         if version != self.policy.version:
-            set_weights(self.policy, ray.get(weights[0]))
+            arrays = ray.get(weights[0]).items()
+            self.policy.set_weights({name: torch.tensor(array) for name, array in arrays})
             self.policy.version = version
         return collect_shard(self.collector, self.policy, self.sampler, shard, self.config)
-
-
-def get_weights(policy: Policy) -> dict[str, np.ndarray]:
-    """What training changes, adapter or all weights, and the value head."""
-    return {name: p.detach().cpu().numpy() for name, p in policy.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def set_weights(policy: Policy, weights: dict[str, np.ndarray]) -> None:
-    for name, array in weights.items():
-        policy.get_parameter(name).copy_(torch.tensor(array))
-
-
-def identity() -> dict[str, str]:
-    """Versions and code that a process runs, which must be the trainer's."""
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
-    return runs.versions() | {"this kit": code.hexdigest()[:12]}
 
 
 def connect(config: Config) -> bool:
@@ -189,6 +172,15 @@ def connect(config: Config) -> bool:
     return began
 
 
+def trained_on(config: Config) -> set[tuple[int, int]]:
+    """The shards that an interrupted run has trained on; a step that was cut otherwise counts as a whole."""
+    found: list[tuple[int, int]] = []
+    for row in runs.read_metrics(config.folder):
+        shards = [tuple(shard) for shard in row.get("shards", [])]
+        found += shards if len(shards) == config.cut else [(row["step"] - 1, k) for k in range(config.cut)]
+    return set(found)
+
+
 class Cluster:
     """A collector whose generators work ahead while the trainer trains."""
 
@@ -215,19 +207,21 @@ class Cluster:
             thread.start()
 
     def __call__(self, policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-        """A step's worth of trajectories. `problems` and `rng` are as `draw` makes them, and are made here for the
-        steps ahead too."""
+        """A step's worth of trajectories. `problems` and `rng` are as `draw` makes them, for the steps ahead too."""
         began, step = time.perf_counter(), policy.version
-        self.weights = step, self.ray.put(get_weights(policy))
-        first, self.ahead = max(self.ahead, step), step + config.max_staleness + 1
+        self.weights = step, self.ray.put({name: w.numpy() for name, w in policy.trained_weights().items()})
+        trained = set() if self.ahead else trained_on(config)
+        first, self.ahead = self.ahead, step + config.max_staleness + 1
         for number in range(first, min(self.ahead, config.steps or self.ahead)):
             for shard in cut(*draw(self.data, config, number), config, number):
-                self.todo.put(shard)
+                if (number, shard.number) not in trained:
+                    self.todo.put(shard)
         harvests, dropped = self.take(step)
         trajectories, usage, info = merge(harvests)
         ages = [step - trajectory.version for trajectory in trajectories] or [0]
         info |= {"age_mean": float(np.mean(ages)), "age_max": max(ages), "restarts": len(self.lost)}
         info |= {"dropped": sum(len(old.trajectories) for old in dropped)}
+        info |= {"shards": [(harvest.shard.step, harvest.shard.number) for harvest in harvests]}
         info |= {"waited_seconds": time.perf_counter() - began}
         del self.lost[: info["restarts"]]
         return trajectories, sum((old.usage for old in dropped), usage), info
@@ -262,7 +256,7 @@ class Cluster:
             shard, failed = None, failed + 1
             actor = self.actors[number] = self.actor.remote()
             try:
-                if (theirs := self.ask(actor, "load", self.config, self.collector)) != (ours := identity()):
+                if (theirs := self.ask(actor, "load", self.config, self.collector)) != (ours := runs.identity()):
                     raise ValueError(f"a generator runs {theirs}, the trainer {ours}: install the same everywhere")
                 failed = 0
                 while (shard := self.todo.get()).problems and not self.closing:

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from policy import Policy
+
 Item = TypeVar("Item")
 HOW = {"disagreement_max": max, "micro_tokens": min}  # figures that are not added up
 
@@ -74,13 +76,11 @@ def broadcast(message: object = None) -> object:
     return box[0]
 
 
-def synchronize(policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Rank 0's weights and optimiser state, on all ranks."""
     if world() == 1:
         return
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            dist.broadcast(parameter.data, 0)
+    policy.set_weights(broadcast(policy.trained_weights()))
     saved = optimizer.state_dict()
     saved["state"] = {
         key: {name: part.cpu() if torch.is_tensor(part) else part for name, part in state.items()}

@@ -89,6 +89,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def identity() -> dict[str, str]:
+    """Versions and code that this process runs."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return versions() | {"this kit": code.hexdigest()[:12]}
+
+
 def provenance() -> dict[str, str]:
     """Versions, machine and commit behind a run."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}"

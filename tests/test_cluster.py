@@ -1,5 +1,6 @@
 """Tests of cluster.py: shards, what becomes of lost generators, and whole runs on Ray."""
 
+import json
 import os
 import signal
 import subprocess
@@ -155,7 +156,7 @@ class Inline:
         if (found := self.script(name, args[0] if name == "collect" else None)) is not None:
             raise found
         if name == "load":
-            return cluster.identity()
+            return runs.identity()
         shard, version, _ = args
         found = [Trajectory(p, [0], [1], [0.0], Reward(0, False, True, ""), version, "") for p in shard.problems]
         return found, Usage(len(found), 0, 1.0), {"tree": float(shard.step)}
@@ -170,6 +171,8 @@ def inline(monkeypatch, tiny_config):
         ray = Inline(script)
         monkeypatch.setitem(sys.modules, "ray", ray)
         config = tiny_config(cluster="auto", **changes)
+        config.folder.mkdir(exist_ok=True)
+        (config.folder / "metrics.jsonl").touch()
         found = Cluster(config, None, began=False)
         try:
             yield found, ray, config
@@ -181,7 +184,11 @@ def inline(monkeypatch, tiny_config):
 
 
 def step(found, config, number):
-    return found(SimpleNamespace(version=number, named_parameters=list), None, None, config, None)
+    """A step, and its row of metrics."""
+    row = found(SimpleNamespace(version=number, trained_weights=dict), None, None, config, None)
+    with (config.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": number + 1} | row[2]) + "\n")
+    return row
 
 
 def drawn(config, steps):
@@ -209,6 +216,26 @@ def test_lost_generators_lose_and_double_nothing(inline, max_staleness):
             lost += info["restarts"]
         assert trained == drawn(config, 20)
         assert lost > 10 and ray.started >= lost and found.todo.empty() and found.done.empty()
+
+
+def test_a_resumed_run_goes_on_with_the_shards_it_has_not_trained_on(inline):
+    """Prevents problems that are trained on twice or never because the trainer died while others worked ahead."""
+    slow = {(0, 1): 3, (2, 0): 4, (5, 1): 8}  # shards, and the step before which they are not done
+    now, trained = 0, Counter()
+
+    def wait(name, shard):
+        while name == "collect" and now < slow.get((shard.step, shard.number), 0):
+            time.sleep(0.001)
+
+    settings = dict(generators=3, shards=2, steps=12, tokens=0, max_staleness=2)
+    for start, end in ((0, 4), (4, 7), (7, 12)):
+        with inline(wait, **settings) as (found, ray, config):
+            for now in range(start, end):
+                trained.update(t.problem for t in step(found, config, now)[0])
+            now = 99
+    assert trained == drawn(config, 12)
+    mixed = replace(config, shards=3)
+    assert cluster.trained_on(mixed) == {(number, k) for number in range(12) for k in range(3)}
 
 
 def test_work_ahead_is_bounded_and_ends_with_the_run(inline):
@@ -249,7 +276,7 @@ def test_what_can_not_be_cured_ends_the_run(inline, monkeypatch):
         step(found, config, 0)
     assert set(ray.timeouts) == {("load", 2_400.0), ("collect", 1_800.0)}
     ours = iter([{"this kit": "a"}, {"this kit": "b"}])
-    monkeypatch.setattr(cluster, "identity", lambda: next(ours))
+    monkeypatch.setattr(runs, "identity", lambda: next(ours))
     with inline() as (found, ray, config), pytest.raises(ValueError, match="install the same everywhere"):
         step(found, config, 0)
 
