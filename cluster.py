@@ -41,8 +41,7 @@ from parts import draw, splits
 from policy import Policy
 from sampling import Sampler, TorchSampler, Trajectory, Usage
 
-ATTEMPTS = 5  # generators that a shard may lose before the run is given up
-STARTS = 3  # starts in a row that may fail before a generator is given up
+TRIES = 5  # generators that may be lost with one shard, or one after another while they start
 START_SECONDS = 600  # that a start may take beyond a shard
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 Collect = Callable[..., Collected]
@@ -210,7 +209,7 @@ class Cluster:
         """A step's worth of trajectories. `problems` and `rng` are as `draw` makes them, for the steps ahead too."""
         began, step = time.perf_counter(), policy.version
         self.weights = step, self.ray.put({name: w.numpy() for name, w in policy.trained_weights().items()})
-        trained = set() if self.ahead else trained_on(config)
+        trained = trained_on(config) if step and not self.ahead else ()
         first, self.ahead = self.ahead, step + config.max_staleness + 1
         for number in range(first, min(self.ahead, config.steps or self.ahead)):
             for shard in cut(*draw(self.data, config, number), config, number):
@@ -252,7 +251,7 @@ class Cluster:
     def serve(self, number: int) -> None:
         """A thread: one generator, which is started again when it is lost, and one shard after another."""
         failed = 0  # starts in a row
-        while not self.closing and failed < STARTS:
+        while not self.closing and failed < TRIES:
             shard, failed = None, failed + 1
             actor = self.actors[number] = self.actor.remote()
             try:
@@ -287,11 +286,11 @@ class Cluster:
             return
         self.lost.append(reason)
         tqdm.write(f"warning: a generator is lost ({reason})")
-        if shard and shard.losses + 1 < ATTEMPTS:
+        if shard and shard.losses + 1 < TRIES:
             self.todo.put(replace(shard, losses=shard.losses + 1))
         elif shard:
-            self.done.put(ValueError(f"{ATTEMPTS} generators were lost with the same problems, the last one: {reason}"))
-        elif failed == STARTS:
+            self.done.put(ValueError(f"{TRIES} generators were lost with the same problems, the last one: {reason}"))
+        elif failed == TRIES:
             self.done.put(reason)
 
     def close(self) -> None:
