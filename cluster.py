@@ -5,14 +5,13 @@
     python ppo.py --search mcts --cluster auto --generators 14    # on a running cluster: README, "More than one GPU"
 
 A step's problems are cut into shards. A generator (policy, critic and sampler in an actor) takes a shard and the newest
-weights, runs the `collect` that one process would run, and hands over what it has collected. The trainer has the shards
-of `max_staleness` steps beyond its own in work, and trains on those that come first.
+weights and runs the `collect` that one process would run. The trainer has the shards of `max_staleness` steps beyond
+its own in work, and trains on those that come first.
 
 A shard is the unit of all that can go wrong. What it draws depends on run, step and shard alone. One thread and one
 generator have it at a time, and only what a generator answers is counted: when one has died, or takes too long and is
-killed, the shard goes back to the others. So nothing is lost or counted twice; what a lost generator had drawn is not
-counted at all. With max_staleness 0 the result is that of one process that collects the same shards one after another
-(`in_shards`), on a CPU to the last bit if all processes use as many threads.
+killed, the shard goes back to the others. So nothing is lost or counted twice. With max_staleness 0 the result is that
+of one process that collects the shards one after another (`in_shards`), on CPUs with as many threads to the last bit.
 """
 
 import logging
@@ -21,7 +20,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +43,7 @@ from sampling import Sampler, TorchSampler, Trajectory, Usage
 TRIES = 5  # generators that may be lost with one shard, or one after another while they start
 START_SECONDS = 600  # that a start may take beyond a shard
 Collected = tuple[list[Trajectory], Usage, dict[str, float]]
-Collect = Callable[..., Collected]
+Collect = Callable[..., Collected]  # (policy, sampler, problems, config, rng)
 
 
 class Lost(Exception):
@@ -111,11 +110,8 @@ def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
     if config.cluster == "none":
         yield collect if config.cut == 1 else in_shards(collect)
         return
-    cluster = Cluster(config, collect, connect(config))
-    try:
+    with closing(Cluster(config, collect, connect(config))) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 class Generator:
@@ -131,33 +127,31 @@ class Generator:
         self.config, self.collector, self.policy = config, collect, policy
         return runs.identity()
 
-    def collect(self, shard: Shard, version: int, weights: list) -> Collected:
-        """`weights`: where the weights of `version` are, in a list, so that only who needs them fetches them."""
-        import ray
-
+    def collect(self, shard: Shard, version: int, weights: dict[str, np.ndarray]) -> Collected:
         if version != self.policy.version:
-            arrays = ray.get(weights[0]).items()
-            self.policy.set_weights({name: torch.tensor(array) for name, array in arrays})
+            self.policy.set_weights({name: torch.tensor(array) for name, array in weights.items()})
             self.policy.version = version
         return collect_shard(self.collector, self.policy, self.sampler, shard, self.config)
 
 
 def connect(config: Config) -> bool:
-    """Start Ray or join a cluster; whether Ray is to end with the run. ValueError if there is too little of it. Nothing
-    is sent to Ray's makers, and no dashboard is started."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """Start Ray, with a token and without a dashboard, or join a cluster; whether Ray is to end with the run.
+    ValueError if there is too little of it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     if not find_spec("ray"):
         raise ValueError("Ray is not installed: pip install -r requirements-ray.txt")
     import ray
 
-    quiet, began = dict(log_to_driver=False, logging_level=logging.ERROR), not ray.is_initialized()
+    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
     wanted, kind = config.generators, "GPU" if pick_device(config.device) == "cuda" else "CPU"
+    began = not ray.is_initialized()
     if config.cluster == "local":
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
         free = gpus[ranks.world() :]  # the first are the trainer's
         if (have := len(free) if kind == "GPU" else os.cpu_count()) < wanted:
             raise ValueError(f"{wanted} generators, but {have} {kind}s for them: pass fewer --generators")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(free)  # what Ray's processes are to see
         ray.init(num_cpus=wanted, num_gpus=len(free), include_dashboard=False, **quiet)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -173,11 +167,11 @@ def connect(config: Config) -> bool:
 
 def trained_on(config: Config) -> set[tuple[int, int]]:
     """The shards that an interrupted run has trained on; a step that was cut otherwise counts as a whole."""
-    found: list[tuple[int, int]] = []
+    found = set()
     for row in runs.read_metrics(config.folder):
         shards = [tuple(shard) for shard in row.get("shards", [])]
-        found += shards if len(shards) == config.cut else [(row["step"] - 1, k) for k in range(config.cut)]
-    return set(found)
+        found |= set(shards if len(shards) == config.cut else [(row["step"] - 1, k) for k in range(config.cut)])
+    return found
 
 
 class Cluster:
@@ -190,17 +184,17 @@ class Cluster:
         self.ray, self.began, self.collector = ray, began, collect
         model = Path(config.model).expanduser()
         self.config = replace(config, model=str(model.resolve()) if model.exists() else config.model)
+        resources = dict(num_cpus=1, num_gpus=int(pick_device(config.device) == "cuda"))
+        self.actor = self.ray.remote(Generator).options(**resources, max_restarts=0, max_task_retries=0)
         self.data = splits(config)["train"]
-        gpus = float(pick_device(config.device) == "cuda")
-        self.actor = ray.remote(Generator).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
         self.weights: tuple = ()  # the newest version, and where its weights are
         self.ahead = 0  # the first step whose shards are not in work yet
         self.todo: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
         self.done: queue.Queue = queue.Queue()  # harvests, and errors
         self.lost: list[Lost] = []  # why generators had to be started again, since the last step
-        self.given_up = 0
-        self.closing = False
+        self.left = config.generators  # that are not given up
         self.actors: dict[int, object] = {}  # one a thread
+        self.closing = False
         self.threads = [threading.Thread(target=self.serve, args=[i], daemon=True) for i in range(config.generators)]
         for thread in self.threads:
             thread.start()
@@ -241,10 +235,10 @@ class Cluster:
     def receive(self) -> Harvest:
         """The next harvest; an error that waiting can't cure is raised."""
         while not isinstance(found := self.done.get(), Harvest):
+            self.left -= 1
             if not isinstance(found, Lost):
                 raise found
-            self.given_up += 1
-            if self.given_up == len(self.threads):
+            if not self.left:
                 raise ValueError(f"no generator is left, the last one: {found}")
         return found
 
@@ -260,10 +254,11 @@ class Cluster:
                 failed = 0
                 while (shard := self.todo.get()).problems and not self.closing:
                     version, weights = self.weights
-                    self.done.put(Harvest(shard, version, *self.ask(actor, "collect", shard, version, [weights])))
+                    self.done.put(Harvest(shard, version, *self.ask(actor, "collect", shard, version, weights)))
                     shard = None
             except Lost as reason:
-                self.recover(shard, reason, failed)
+                if not self.closing:
+                    self.recover(shard, reason, failed)
             except Exception as error:  # the collector's own, or a machine that must not take part
                 return self.done.put(error)
             finally:
@@ -282,15 +277,13 @@ class Cluster:
 
     def recover(self, shard: Shard | None, reason: Lost, failed: int) -> None:
         """A generator was lost, with a shard in its hands or after `failed` starts in vain."""
-        if self.closing:
-            return
         self.lost.append(reason)
         tqdm.write(f"warning: a generator is lost ({reason})")
         if shard and shard.losses + 1 < TRIES:
             self.todo.put(replace(shard, losses=shard.losses + 1))
         elif shard:
             self.done.put(ValueError(f"{TRIES} generators were lost with the same problems, the last one: {reason}"))
-        elif failed == TRIES:
+        elif failed == TRIES:  # the thread ends
             self.done.put(reason)
 
     def close(self) -> None:
