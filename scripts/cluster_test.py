@@ -29,7 +29,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number
 OPTIONS = (
     "--preset tiny --device cpu --tokens 0 --problems 24 --shards 3 --tree.simulations 16 --checkpoints 20 "
     "--evaluations 5 --eval-problems 100 --eval-samples 4 --test-problems 20 --test-samples 1 --no-test-before "
-    "--cluster auto --generator-timeout 30 --learning-rate 1e-3"
+    "--cluster auto --generator-timeout 30"
 )
 
 
@@ -40,7 +40,7 @@ class ClusterTest:
     minutes: float = 10.0  # of kills
     every: float = 10.0  # seconds between kills, on average
     alone: int = 3  # runs that are left alone
-    steps: int = 120
+    steps: int = 60
     generators: int = 3
     max_staleness: int = 1
     seed: int = 0
