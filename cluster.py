@@ -135,8 +135,8 @@ class Generator:
 
 
 def connect(config: Config) -> bool:
-    """Start Ray, with a token and without a dashboard, or join a cluster; whether Ray is to end with the run.
-    ValueError if there is too little of it."""
+    """Start Ray, which makes a token for itself, or join a cluster; whether Ray is to end with the run. ValueError if
+    there is too little of it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     if not find_spec("ray"):
         raise ValueError("Ray is not installed: pip install -r requirements-ray.txt")
@@ -151,7 +151,6 @@ def connect(config: Config) -> bool:
         free = gpus[ranks.world() :]  # the first are the trainer's
         if (have := len(free) if kind == "GPU" else os.cpu_count()) < wanted:
             raise ValueError(f"{wanted} generators, but {have} {kind}s for them: pass fewer --generators")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(free)  # what Ray's processes are to see
         ray.init(num_cpus=wanted, num_gpus=len(free), include_dashboard=False, **quiet)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
