@@ -13,7 +13,7 @@ import heapq
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -113,6 +113,19 @@ def update_times(bench: Bench, config: Config, policy, sampler, data) -> list[fl
         update(policy, optimizer, trajectories, config)
         times.append(time.perf_counter() - began)
     return times[1:]
+
+
+def overlapped(bench: Bench, config: Config, policy) -> float:
+    """Seconds a step of one generator and this trainer at once, with staleness 1: what the simulation is held against.
+    The first two steps are warm-up."""
+    optimizer, seconds, policy.version = make_optimizer(policy, config), [], 0
+    with collecting(config, collect_mcts) as collect:
+        for _ in range(bench.recorded + 2):
+            began = time.perf_counter()
+            trajectories, _, _ = collect(policy, None, [], config, None)
+            update(policy, optimizer, trajectories, config)
+            seconds.append(time.perf_counter() - began)
+    return mean(seconds[2:])
 
 
 def copy_rates(ray, policy) -> dict[str, float]:
@@ -252,9 +265,13 @@ def main() -> None:
             found = simulate(generators, staleness, times, updates, bench.simulated)
             cells += [f"{paper[staleness]:.2f}", f"{found.seconds:.2f}", f"{found.waiting:.0%}"]
         print(f"| {generators} | {mean(times):.2f} | {' | '.join(cells)} | {found.dropped:.2f} |")
+    together = overlapped(bench, replace(config, max_staleness=1), policy)
+    expected = simulate(1, 1, service[1], updates, bench.simulated).seconds
+    print(f"one generator with staleness 1, really run: {together:.2f} s a step, simulated {expected:.2f}")
     show_weights(bench, rates)
     bench.out.parent.mkdir(parents=True, exist_ok=True)
-    bench.out.write_text(json.dumps({"overhead": pairs, "service": service, "updates": updates, "rates": rates}))
+    recorded = {"overhead": pairs, "service": service, "updates": updates, "rates": rates, "together": together}
+    bench.out.write_text(json.dumps(recorded))
 
 
 def expected_most(times: list[float], number: int) -> float:
