@@ -251,12 +251,14 @@ def test_work_ahead_is_bounded_and_ends_with_the_run(inline):
 
 def test_what_is_too_old_is_dropped_counted_and_done_again(inline):
     """Prevents training on what a policy of long ago has made, and problems that vanish with it."""
-    with inline(max_staleness=1, steps=9, tokens=0, shards=1) as (found, ray, config):
-        step(found, config, 0)
+    with inline(max_staleness=1, steps=4, tokens=0, shards=1) as (found, ray, config):
+        trained = Counter(t.problem for t in step(found, config, 0)[0])
         time.sleep(0.05)  # step 1 is collected by version 0
         trajectories, usage, info = step(found, config, 2)
         assert (info["dropped"], info["age_max"]) == (config.problems, 0)
         assert {t.version for t in trajectories} == {2} and usage.generated == 2 * config.problems
+        trained.update(t.problem for t in [*trajectories, *step(found, config, 3)[0], *step(found, config, 3)[0]])
+        assert trained == drawn(config, 4)
 
 
 def test_what_can_not_be_cured_ends_the_run(inline, monkeypatch):

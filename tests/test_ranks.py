@@ -45,6 +45,18 @@ def test_one_process_is_left_alone(monkeypatch):
     assert ranks.share(items, lambda item: item) is items and ranks.broadcast(items) is items
 
 
+def test_figures_of_two_ranks_are_those_of_one(monkeypatch):
+    """Prevents a loss that is half of what it is, and a rank that runs out of memory again at every step."""
+
+    def gather(found, figures):
+        found[:] = [figures, {"disagreement_max": 0.3, "micro_tokens": 50}]  # a rank without a share
+
+    together(monkeypatch, 2, 0)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ours = {"policy_loss": 1.5, "disagreement_max": 0.1, "micro_tokens": 100}
+    assert ranks.add_up([], ours) == {"policy_loss": 1.5, "disagreement_max": 0.3, "micro_tokens": 50}
+
+
 def test_vllm_is_left_to_generators(monkeypatch):
     """Prevents vLLM's process groups in the trainer's: both are the process's only ones."""
     monkeypatch.setattr("engines.find_spec", lambda name: True)
