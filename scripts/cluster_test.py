@@ -7,7 +7,8 @@ Ray is started here, every trainer joins it as a process of its own. In the firs
 minutes, every few seconds a generator is killed (SIGKILL), a generator is stopped so that it seems to hang (SIGSTOP),
 or the trainer is killed and resumed; a run that comes to its end is followed by one with the next seed. Afterwards
 every shard of every run must have been trained on exactly once, no trajectory may be older than allowed, and the
-validation rewards of disturbed runs should lie in the 95 % interval for one more run of those left alone. Linux.
+validation rewards of disturbed runs should lie in the 95 % interval for one more run of those left alone. With
+--max-staleness 0 a disturbed run must end with the very weights of the one left alone that had its seed. Linux.
 """
 
 import os
@@ -119,6 +120,10 @@ def account(test: ClusterTest, folder: Path) -> str:
     return f"{lost} shards lost, {doubled} doubled, {old} steps with too old ones" if lost or doubled or old else ""
 
 
+def weights(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "policy").rglob("*.safetensors"))]
+
+
 def curve(folder: Path) -> list[float]:
     return [row["eval_reward"] for row in runs.read_metrics(folder) if "eval_reward" in row]
 
@@ -141,15 +146,17 @@ def main() -> None:
         show(folder)
     print("\n" + "; ".join(f"{times} times {what}" for what, times in killed.most_common()))
     wrong = [f"{folder.name}: {found}" for folder in (*alone, *disturbed) if (found := account(test, folder))]
+    if not test.max_staleness:
+        wrong += [f"{two.name}: other weights" for one, two in zip(alone, disturbed) if weights(one) != weights(two)]
     curves = np.array([curve(folder) for folder in alone])  # [runs, evaluations]
     mean, spread = curves.mean(0), curves.std(0, ddof=1) * np.sqrt(1 + 1 / len(alone)) * STUDENT[len(alone)]
     print("interval   " + ", ".join(f"[{m - s:+.3f}, {m + s:+.3f}]" for m, s in zip(mean, spread)))
     outside = sum(int((abs(np.array(curve(folder)) - mean) > spread).sum()) for folder in disturbed)
     print(
-        f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside; accounts: {wrong or 'right'}"
+        f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside; accounts {'wrong' if wrong else 'right'}"
     )
     if wrong:
-        runs.fail("shards were lost or doubled")
+        runs.fail("; ".join(wrong))
 
 
 def show(folder: Path) -> None:
