@@ -152,11 +152,10 @@ def main() -> None:
     mean, spread = curves.mean(0), curves.std(0, ddof=1) * np.sqrt(1 + 1 / len(alone)) * STUDENT[len(alone)]
     print("interval   " + ", ".join(f"[{m - s:+.3f}, {m + s:+.3f}]" for m, s in zip(mean, spread)))
     outside = sum(int((abs(np.array(curve(folder)) - mean) > spread).sum()) for folder in disturbed)
-    print(
-        f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside; accounts {'wrong' if wrong else 'right'}"
-    )
+    print(f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside")
+    print(f"accounts: {'; '.join(wrong) or 'right'}")
     if wrong:
-        runs.fail("; ".join(wrong))
+        runs.fail("a run lost something")
 
 
 def show(folder: Path) -> None:
