@@ -96,10 +96,6 @@ def prepare(config: Config) -> Parts:
     plan = memory.plan(config, device)
     if plan.parts:
         print(plan)
-    policy = load_policy(
-        config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
-    )
-    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
     data = make_splits(
         config.split,
         train=config.train_problems,
@@ -107,6 +103,10 @@ def prepare(config: Config) -> Parts:
         test=config.test_problems,
         size=config.size,
     )
+    policy = load_policy(
+        config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
+    )
+    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
     return Parts(config, device, policy, sampler, make_optimizer(policy, config), data, plan.micro_tokens)
 
 

@@ -2,6 +2,7 @@
 
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
+    python study.py steps      # twice the steps of half the tokens, right answers only, the same budget, validation
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
@@ -37,16 +38,20 @@ PROGRAMS = {
     "grpo": "baselines.py --method grpo",
     "none": "ppo.py --search none",
 }
-# each method's main knob, how it spends its tokens: two settings
+# each method's main knob, how it spends its tokens: the first was chosen, the last makes two steps of one
 KNOBS = {
-    "mcts": ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32"),
-    "best-of-n": ("--samples 8", "--samples 32"),
-    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
+    "mcts": (
+        "--tree.children 2 --tree.simulations 32",
+        "--tree.children 4 --tree.simulations 64 --problems 32",
+        "--tree.children 2 --tree.simulations 32 --problems 32",
+    ),
+    "best-of-n": ("--samples 8", "--samples 32", "--samples 4"),
+    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 16 --samples 8"),
     "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-    "none": ("--problems 64", "--problems 256"),
+    "none": ("--problems 64", "--problems 256", "--problems 32"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
-CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md); of the knobs, the first
+CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md)
 TARGETS = {
     "mcts": {
         **{name: f"--failures --distill {name}" for name in LESSONS if name != "best-path"},
@@ -83,7 +88,7 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, targets, compare, ablate
+    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate
     seeds: int = 5  # of compare; of ablate at most 3
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
@@ -110,6 +115,13 @@ def rates(config: StudyConfig) -> Jobs:
             yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
+def steps(config: StudyConfig) -> Jobs:
+    for name, (method, options) in COMPARED.items():
+        if name in config.methods and "--no-failures" in options:
+            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
+            yield f"{name}-knob2", f"{PROGRAMS[method]} {options}"
+
+
 def targets(config: StudyConfig) -> Jobs:
     for method in filter(TARGETS.get, config.methods):
         for name, options in TARGETS[method].items():
@@ -130,7 +142,7 @@ def ablate(config: StudyConfig) -> Jobs:
         yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
 
 
-STAGES = {"tune": tune, "rates": rates, "targets": targets, "compare": compare, "ablate": ablate}
+STAGES = {"tune": tune, "rates": rates, "steps": steps, "targets": targets, "compare": compare, "ablate": ablate}
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
