@@ -6,11 +6,12 @@
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
+    python study.py search     # search at test time against best-of-N, before and after distillation
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
 study can be stopped at any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl
-go to results/STAGE/.
+go to results/STAGE/. Stage search runs `python evaluate.py` on what stage compare left in runs/, a JSON file each.
 """
 
 import json
@@ -77,6 +78,9 @@ ABLATIONS = {  # of the search with right answers only, which is `mcts-right-onl
     "recomputed": "--old-logprobs recomputed",
     "leaking-split": "--split post",
 }
+SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-seed1"}
+SEARCHES = {"best-of-n": "--search best-of-n"}
+SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
 BUDGET = "--tokens 1000000"
 VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
 TEST = "--evaluations 10 --no-test-before"
@@ -88,7 +92,7 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate
+    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate, search
     seeds: int = 5  # of compare; of ablate at most 3
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
@@ -142,7 +146,20 @@ def ablate(config: StudyConfig) -> Jobs:
         yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
 
 
-STAGES = {"tune": tune, "rates": rates, "steps": steps, "targets": targets, "compare": compare, "ablate": ablate}
+def search(config: StudyConfig) -> Jobs:
+    for (when, model), (name, options) in product(SEARCHED.items(), SEARCHES.items()):
+        yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
+
+
+STAGES = {
+    "tune": tune,
+    "rates": rates,
+    "steps": steps,
+    "targets": targets,
+    "compare": compare,
+    "ablate": ablate,
+    "search": search,
+}
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
@@ -158,8 +175,27 @@ def check_settings(folder: Path, command: list[str]) -> None:
             raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
 
 
+def call(command: list[str], config: StudyConfig) -> None:
+    """Run a program. RuntimeError with its last line if it fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
+    told = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+    )
+    if told.returncode:
+        raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
+
+
+def measure(name: str, command: str, config: StudyConfig) -> None:
+    """Do one evaluation, unless its result is there."""
+    kept, fresh = config.out / config.stage / f"{name}.json", Path("runs") / config.stage / f"{name}.json"
+    if not kept.exists():
+        call([*command.split(), "--out", str(fresh)], config)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        runs.write(kept, fresh.read_text())
+
+
 def run(name: str, command: str, config: StudyConfig) -> None:
-    """Do one run, or what is left of it. RuntimeError with the program's last line if it fails."""
+    """Do one run, or what is left of it."""
     folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
     if runs.finished(kept):
         return
@@ -170,15 +206,7 @@ def run(name: str, command: str, config: StudyConfig) -> None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             options += ["--preset", "tiny", "--out", str(folder)]
-        threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
-        told = subprocess.run(
-            [sys.executable, program, *options],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
-        )
-        if told.returncode:
-            raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
+        call([program, *options], config)
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl"):
         runs.write(kept / file, (folder / file).read_text())
@@ -191,7 +219,8 @@ def main() -> None:
         for folder in (Path("runs"), config.out):
             check_settings(folder / config.stage / name, command.split())
     with ThreadPoolExecutor(config.jobs) as pool:
-        running = {pool.submit(run, name, command, config): name for name, command in jobs.items()}
+        do = measure if config.stage == "search" else run
+        running = {pool.submit(do, name, command, config): name for name, command in jobs.items()}
         failed = 0
         for ended in as_completed(running):
             if error := ended.exception():
