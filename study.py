@@ -55,7 +55,8 @@ RATES = ("1e-4", "3e-4", "1e-3")
 CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md)
 TARGETS = {
     "mcts": {
-        **{name: f"--failures --distill {name}" for name in LESSONS if name != "best-path"},
+        **{name: f"--failures --distill {name}" for name in LESSONS if name not in ("best-path", "every-answer")},
+        **{f"{name}-right-only": f"--no-failures --distill {name}" for name in LESSONS if "path" not in name},
         "best-path-tree-backbone": "--failures --distill best-path-tree --value-gradient",
         "backbone": "--failures --value-gradient",
         "exact": "--failures --reward exact",
