@@ -13,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,16 @@ from matplotlib.ticker import EngFormatter
 
 import explorer
 import runs
-from checks import check_writable, read_json
+from checks import check_choices, check_writable, read_json
 from config import settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
 DRAWS = 2_000  # of the bootstrap
+ALONG = {
+    "generated": "generated tokens",
+    "seconds": "seconds of training",
+    "cpu_seconds": "CPU seconds of training",
+}
 RUN = tuple[dict, list[dict]]
 
 
@@ -64,16 +70,24 @@ def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[s
     return found
 
 
+def along(rows: list[dict], x: str) -> list[float]:
+    """How far a run was at each row. CPU seconds are a step's own (0 throughout where they were not recorded)."""
+    if x == "cpu_seconds":
+        return list(accumulate(row.get(x, 0) for row in rows))
+    return [row[x] for row in rows]
+
+
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
-    """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
-    thin line for each seed. Returns the matplotlib figure."""
+    """Validation score against `x` (generated tokens, seconds or CPU seconds), a line a method: the mean over seeds,
+    and a thin line for each seed. Returns the matplotlib figure."""
     curves = defaultdict(list)
     for name, found in by_method(folders).items():
         for _, rows in found:
-            if rows := [row for row in rows if key in row]:
-                curves[name].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+            points = [(at, 100 * row[key]) for at, row in zip(along(rows, x), rows) if key in row]
+            if points and points[-1][0]:
+                curves[name].append(tuple(zip(*points)))
     if not curves:
-        raise ValueError(f"none of the runs has been evaluated yet (no {key})")
+        raise ValueError(f"none of the runs has been evaluated yet (no {key} by {ALONG[x]})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = defaultdict(lambda: iter(["-", "--", ":", "-."] * len(curves)))
@@ -87,7 +101,7 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
         mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
         label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         axes.plot(grid, mean, style, color=color, linewidth=2.2, label=label)
-    axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
+    axes.set_xlabel(ALONG[x])
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("validation mean@k, %")
     axes.set_ylim(bottom=0)
@@ -277,7 +291,7 @@ class PlotConfig:
     what: tyro.conf.Positional[str]  # curves, table, summary, validation, search, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
     out: Path = Path("curves.png")
-    x: str = "generated"  # generated, seconds
+    x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
         if self.what not in (known := ("curves", *TABLES, "search", "tree")):
@@ -287,8 +301,7 @@ class PlotConfig:
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         check_writable(self.out)
-        if self.x not in ("generated", "seconds"):
-            raise ValueError(f"x must be generated or seconds, not {self.x!r}")
+        check_choices(self, x=ALONG)
 
 
 def main() -> None:

@@ -35,6 +35,17 @@ def test_curves_average_the_seeds_of_a_method(folders):
     assert mean.get_ydata()[-1] == pytest.approx(40)
 
 
+def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
+    """Prevents a curve along the cost of single steps, and one at 0 for a run that has none."""
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"cpu_seconds": 2.0} if "eval_mean" in row else row for row in lines]
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed, mean = plots.learning_curves(folders, "cpu_seconds").axes[0].get_lines()
+    assert list(seed.get_xdata()) == [2, 4, 6, 8] and mean.get_label() == "mcts (1 seed)"
+    with pytest.raises(ValueError, match="none of the runs"):
+        plots.learning_curves(folders[1:], "cpu_seconds")
+
+
 def test_table_takes_first_and_last_test_score(folders):
     """The README's table must show the score before and after, not two of the same."""
     header, _, first, second = plots.results_table(folders).splitlines()
