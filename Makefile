@@ -26,9 +26,11 @@ fuzz: .venv/installed
 study: .venv/installed
 	$(BIN)/python study.py tune
 	$(BIN)/python study.py rates
+	$(BIN)/python study.py steps
 	$(BIN)/python study.py targets
 	$(BIN)/python study.py compare
 	$(BIN)/python study.py ablate
+	$(BIN)/python study.py search
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed

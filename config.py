@@ -49,7 +49,7 @@ class Config:
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
     reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
-    failures: bool = True  # distil wrong answers too; off: they teach the critic alone
+    failures: bool = True  # distil wrong answers too (the post); off, as in tiny: they teach the critic alone
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
@@ -199,7 +199,7 @@ QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
     temperature=0.8,
 )  # fmt: skip
-PRESETS["tiny"] = Config()
+PRESETS["tiny"] = Config(failures=False)  # the post distils failures too: half the score (README)
 PRESETS["qwen1.5b"] = Config(
     preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
     clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),

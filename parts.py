@@ -96,11 +96,12 @@ def prepare(config: Config) -> Parts:
     plan = memory.plan(config, device)
     if plan.parts:
         print(plan)
+    data = splits(config)
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )
     sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
-    return Parts(config, device, policy, sampler, make_optimizer(policy, config), splits(config), plan.micro_tokens)
+    return Parts(config, device, policy, sampler, make_optimizer(policy, config), data, plan.micro_tokens)
 
 
 def splits(config: Config) -> dict[str, list[Problem]]:

@@ -247,7 +247,9 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     config, resume = parse(args, method)
     if config.search not in collectors:
         runs.fail(f"this program runs {', '.join(collectors)}, not {config.search!r}")
-    if resume and runs.finished(config.folder):
+    if not resume:
+        runs.check_unused(config.folder)
+    elif runs.finished(config.folder):
         print(f"{config.folder} is finished: nothing is left to do")
         return
     if ranks.join():  # torchrun has started several processes, and this is not the first

@@ -106,7 +106,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(Policy, "grade", grade)
 
 
-TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds"}
+TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 STEP = {"step", "generated", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
 STEP |= {"identical", "wrong_reward"}
 STEP |= {"policy_loss", "value_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
