@@ -152,7 +152,7 @@ def connect(config: Config) -> bool:
         if (have := len(free) if kind == "GPU" else os.cpu_count()) < wanted:
             raise ValueError(f"{wanted} generators, but {have} {kind}s for them: pass fewer --generators")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(free)  # what Ray's processes are to see
-        ray.init(num_cpus=wanted, num_gpus=len(free), include_dashboard=False, **quiet)
+        ray.init("local", num_cpus=wanted, num_gpus=len(free), include_dashboard=False, **quiet)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif began:
         try:

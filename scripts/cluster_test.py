@@ -133,7 +133,7 @@ def main() -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     import ray
 
-    ray.init(num_cpus=test.generators, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
+    ray.init("local", num_cpus=test.generators, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     test.out.mkdir(parents=True)
     print("| run | steps | seconds | restarts | dropped | validation reward along the run |\n|---|---|---|---|---|---|")

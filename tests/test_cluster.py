@@ -290,7 +290,7 @@ def test_what_can_not_be_cured_ends_the_run(inline, monkeypatch):
 def ray():
     module = pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
     module.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests/ is on no generator's path
-    module.init(num_cpus=4, include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
+    module.init("local", num_cpus=4, include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
     yield module
     module.shutdown()
 
