@@ -138,6 +138,7 @@ def connect(config: Config) -> bool:
     """Start Ray, which makes a token for itself, or join a cluster; whether Ray is to end with the run. ValueError if
     there is too little of it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # a minute for a cluster that is gone, not a quarter hour
     if not find_spec("ray"):
         raise ValueError("Ray is not installed: pip install -r requirements-ray.txt")
     import ray
@@ -157,7 +158,7 @@ def connect(config: Config) -> bool:
     elif began:
         try:
             ray.init(address="auto", **quiet)
-        except ConnectionError:
+        except (ConnectionError, RuntimeError):
             raise ValueError("no Ray cluster is running here: ray start --head, or pass --cluster local") from None
     if (have := ray.cluster_resources().get(kind, 0)) < wanted:
         raise ValueError(f"{wanted} generators, but {have:.0f} {kind}s in the cluster: pass fewer --generators")

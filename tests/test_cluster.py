@@ -105,16 +105,17 @@ def test_a_cluster_that_is_not_there_or_too_small_is_one_line(monkeypatch, tmp_p
         told(cluster="local", generators=999) == f"999 generators, but {cores} CPUs for them: pass fewer --generators"
     )
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: fail_to_connect())
-    assert told(cluster="auto").startswith("no Ray cluster is running here: ray start --head")
+    for error in (ConnectionError, RuntimeError):  # none, and one that is gone
+        monkeypatch.setattr(ray, "init", lambda error=error, **options: fail_to_connect(error))
+        assert told(cluster="auto").startswith("no Ray cluster is running here: ray start --head")
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
     assert told(cluster="auto", generators=4).startswith("4 generators, but 3 CPUs in the cluster")
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"  # nothing is sent to Ray's makers
 
 
-def fail_to_connect():
-    raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to")
+def fail_to_connect(error):
+    raise error("Could not find any running Ray instance.\nPlease specify the one to connect to")
 
 
 # ------------------------------------------------------------------------------------------------ lost generators
