@@ -67,12 +67,11 @@ def test_vllm_is_left_to_generators(monkeypatch):
         pick_sampler("vllm", "cuda")
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_two_processes_go_on_like_one(tiny_config, tmp_path, rank):
+def test_two_processes_go_on_like_one(tiny_config, tmp_path):
     """Prevents gradients that are averaged or left out, a norm of a share, other weights or optimiser state on the
     second process, and log-probabilities that only one of them recomputes."""
     settings = dict(
-        lora_rank=rank, tokens=0, steps=5, problems=5, learning_rate=1e-3, inner_steps=2, clip_gradient=0.05,
+        tokens=0, steps=5, problems=5, learning_rate=1e-3, inner_steps=2, clip_gradient=0.05,
         old_logprobs="recomputed", micro_batch_tokens=100, distill="best-path-tree", checkpoints=5, evaluations=0,
     )  # fmt: skip
     ppo.train(tiny_config(out=tmp_path / "one", **settings), ppo.collect_mcts)
