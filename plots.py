@@ -188,22 +188,22 @@ def summary_table(folders: list[Path]) -> str:
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
     (k,) = k
-    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | training | CPU |"]
-    lines.append("|" + "---|" * 10)
+    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
+    lines.append("|" + "---|" * 9)
     for name, some in found.items():
         scores, passed = scores_of(some), scores_of(some, passed=True)
         search = search_like(name, found)
         rival = scores_of(search) if search else None
         mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
         less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
-        tokens, steps, seconds, parsed = (
-            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "seconds", "test_parsed")
+        tokens, steps, parsed = (
+            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
         )
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
             f"| {name} | {len(some)} | **{mean}** | {less} | {share} | {parsed:.0%} "
-            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {seconds / 60:.1f} min | {cpu} |"
+            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
 
