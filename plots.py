@@ -265,11 +265,15 @@ def results_table(folders: list[Path]) -> str:
 
 
 def validation_table(folders: list[Path]) -> str:
-    """A Markdown table of runs, the best first: their last score on the validation split, and cost."""
-    found = []
+    """A Markdown table of runs, the best first: their last score on the validation split, and cost; last, those that
+    were stopped because they had collapsed."""
+    found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if evaluated := [row for row in rows if "eval_mean" in row]:
+        if rows and "stopped" in rows[-1]:
+            tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
+            stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
+        elif evaluated := [row for row in rows if "eval_mean" in row]:
             found.append((folder.name, config["seed"], evaluated[-1]))
     k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
     lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
@@ -278,7 +282,7 @@ def validation_table(folders: list[Path]) -> str:
             f"| {name} | {seed} | **{row['eval_mean']:.1%}** | {row['eval_pass']:.1%} | {row['eval_reward']:+.2f} "
             f"| {row['eval_parsed']:.0%} | {row['generated'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + stopped)
 
 
 TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}
