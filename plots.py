@@ -188,22 +188,22 @@ def summary_table(folders: list[Path]) -> str:
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
     (k,) = k
-    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | training | CPU |"]
-    lines.append("|" + "---|" * 10)
+    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
+    lines.append("|" + "---|" * 9)
     for name, some in found.items():
         scores, passed = scores_of(some), scores_of(some, passed=True)
         search = search_like(name, found)
         rival = scores_of(search) if search else None
         mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
         less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
-        tokens, steps, seconds, parsed = (
-            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "seconds", "test_parsed")
+        tokens, steps, parsed = (
+            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
         )
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
             f"| {name} | {len(some)} | **{mean}** | {less} | {share} | {parsed:.0%} "
-            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {seconds / 60:.1f} min | {cpu} |"
+            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
 
@@ -265,11 +265,15 @@ def results_table(folders: list[Path]) -> str:
 
 
 def validation_table(folders: list[Path]) -> str:
-    """A Markdown table of runs, the best first: their last score on the validation split, and cost."""
-    found = []
+    """A Markdown table of runs, the best first: their last score on the validation split, and cost; last, those that
+    were stopped because they had collapsed."""
+    found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if evaluated := [row for row in rows if "eval_mean" in row]:
+        if rows and "stopped" in rows[-1]:
+            tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
+            stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
+        elif evaluated := [row for row in rows if "eval_mean" in row]:
             found.append((folder.name, config["seed"], evaluated[-1]))
     k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
     lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
@@ -278,7 +282,7 @@ def validation_table(folders: list[Path]) -> str:
             f"| {name} | {seed} | **{row['eval_mean']:.1%}** | {row['eval_pass']:.1%} | {row['eval_reward']:+.2f} "
             f"| {row['eval_parsed']:.0%} | {row['generated'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + stopped)
 
 
 TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}

@@ -134,8 +134,10 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             row["cpu_seconds"] = time.process_time() - cpu
             if is_due(state, "evaluated", config.evaluations):
                 row |= parts.validate(run, state)
-            record(run, state, row)
             if reason := guard.check(row):
+                row["stopped"] = reason
+            record(run, state, row)
+            if reason:
                 raise runs.Stopped(f"step {state['step']}: {reason}")
             if is_due(state, "kept", config.checkpoints):
                 run.checkpoint(parts.save, state)

@@ -245,6 +245,12 @@ def finished(folder: Path) -> bool:
     return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
 
 
+def stopped(folder: Path) -> bool:
+    """Whether a run was given up as not worth going on with (guard.py)."""
+    rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
+    return bool(rows) and "stopped" in rows[-1]
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     fresh = path.with_name(path.name + ".new")

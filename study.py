@@ -10,8 +10,9 @@
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
-study can be stopped at any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl
-go to results/STAGE/. Stage search runs `python evaluate.py` on what stage compare left in runs/, a JSON file each.
+study can be stopped at any moment and goes on with the same command. Of a run that is finished, or that guard.py
+stopped as collapsed, config.json and metrics.jsonl go to results/STAGE/. Stage search runs `python evaluate.py` on what
+stage compare left in runs/, a JSON file each.
 """
 
 import json
@@ -176,13 +177,17 @@ def check_settings(folder: Path, command: list[str]) -> None:
             raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
 
 
+def is_done(folder: Path) -> bool:
+    return runs.finished(folder) or runs.stopped(folder)
+
+
 def call(command: list[str], config: StudyConfig) -> None:
-    """Run a program. RuntimeError with its last line if it fails."""
+    """Run a program. RuntimeError with its last line if it fails; a run that is stopped as collapsed has not."""
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
     told = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
     )
-    if told.returncode:
+    if told.returncode not in (0, 3):
         raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
 
 
@@ -198,10 +203,10 @@ def measure(name: str, command: str, config: StudyConfig) -> None:
 def run(name: str, command: str, config: StudyConfig) -> None:
     """Do one run, or what is left of it."""
     folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
-    if runs.finished(kept):
+    if is_done(kept):
         return
     program, *options = command.split()
-    if not runs.finished(folder):
+    if not is_done(folder):
         if any((folder / checkpoint).is_dir() for checkpoint in ("checkpoint", "checkpoint.old")):
             options = ["--resume", str(folder)]
         else:

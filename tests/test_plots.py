@@ -97,7 +97,7 @@ def test_a_summary_has_a_row_a_method(folders):
         finish(folder, [16 * i, 8, 0, 8])
     header, _, row = plots.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
-    assert row.endswith("| 0.00 M | 4 | 2.0 min | – |")
+    assert row.endswith("| 0.00 M | 4 | – |")
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
     _, other = plots.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import plots
 import runs
 import study
 from config import Config, parse
@@ -64,6 +65,29 @@ def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monk
     failing.clear()
     start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
     assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], calls[0][2])]
+
+
+def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
+    """Prevents a setting that destroys the policy from being tried again with every start, and left out of what was
+    tried."""
+
+    def collapse(command, **_):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(
+            json.dumps(asdict(parse(*study.configuration(command[1:]))[0]), default=str)
+        )
+        (folder / "metrics.jsonl").write_text('{"step": 9, "generated": 90, "stopped": "collapsed"}\n')
+        programs[0].append(command)
+        return SimpleNamespace(returncode=3, stderr="error: step 9: collapsed\n")
+
+    monkeypatch.setattr(subprocess, "run", collapse)
+    for _ in range(2):
+        start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
+        assert capsys.readouterr().out == "mcts-seed1: done\n"
+    assert len(programs[0]) == 1
+    row = "| mcts-seed1 | 1 | collapsed | – | – | – | 0.00 M |"
+    assert row in plots.validation_table([tmp_path / "results/compare/mcts-seed1"])
 
 
 @pytest.mark.parametrize("where", ["runs", "results"])
