@@ -4,7 +4,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test test-vllm fuzz crash-test long-haul study bench lab smollm2 doctor clean
+.PHONY: run test test-vllm fuzz crash-test cluster-test long-haul study bench lab smollm2 doctor clean
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
@@ -26,14 +26,21 @@ fuzz: .venv/installed
 study: .venv/installed
 	$(BIN)/python study.py tune
 	$(BIN)/python study.py rates
+	$(BIN)/python study.py steps
 	$(BIN)/python study.py targets
 	$(BIN)/python study.py compare
 	$(BIN)/python study.py ablate
+	$(BIN)/python study.py search
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed
 	rm -rf runs/crash-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.crash_test $(ARGS)
+
+# ten minutes of kills for a cluster of three generators, beside three runs left alone
+cluster-test: .venv/installed-test
+	rm -rf runs/cluster-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.cluster_test $(ARGS)
 
 # 2,000 steps with an eye on memory and open files
 long-haul: .venv/installed
@@ -70,7 +77,7 @@ models/smollm2/config.json: | .venv/installed
 	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS)
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-ray.txt
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 

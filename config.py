@@ -18,6 +18,7 @@ from loading import TINY
 from mcts import SearchConfig
 
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
+ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
 
 
@@ -48,12 +49,19 @@ class Config:
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
     reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
-    failures: bool = True  # distil wrong answers too; off: they teach the critic alone
+    failures: bool = True  # distil wrong answers too (the post); off, as in tiny: they teach the critic alone
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
     sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there, but for nf4), torch, vllm
+
+    # several processes: cluster.py. A step's problems are collected in shards, each apart
+    cluster: str = "none"  # none, local (Ray begins and ends with the run), auto (a running Ray cluster)
+    generators: int = 1  # processes that collect for the trainer, each on a GPU of its own where there are GPUs
+    shards: int = 0  # that a step is cut into; 0: one a generator
+    max_staleness: int = 1  # updates that a cluster's trajectory may be behind the trainer; 0: as one process
+    generator_timeout: float = 1_800.0  # seconds for a shard, after which a generator is taken for hung
 
     # memory
     lora_rank: int = 0  # 0 trains all weights
@@ -111,6 +119,7 @@ class Config:
             quantize=("none", "nf4"), optimizer=("adamw", "paged-adamw8bit"),
             old_logprobs=("recorded", "recomputed", "truncated"), schedule=("linear", "constant"),
             loss=("cispo", "ppo"), normalize=("sequence", "token"),
+            cluster=("none", "local", "auto"),
         )  # fmt: skip
         check_game(size=self.size, seed=self.seed)
         check(self, "at least", 1, "problems samples max_tokens inner_steps train_problems eval_problems eval_samples")
@@ -120,6 +129,7 @@ class Config:
         check(self, "at most", 1, "gae_lambda")
         check(self, "above", 0, "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap")
         check(self, "above", 0, "max_disagreement max_kl")
+        check_cluster(self)
         if self.tokens == 0 and self.steps == 0:
             raise ValueError("the run would never end: set tokens or steps above 0")
         if self.lora_rank == 0 and self.dtype != "float32":
@@ -142,8 +152,31 @@ class Config:
         return replace(self.tree, temperature=self.temperature, max_tokens=self.max_tokens)
 
     @property
+    def cut(self) -> int:
+        """The shards of a step."""
+        return self.shards or self.generators
+
+    @property
     def folder(self) -> Path:
         return self.out if self.out != Path() else Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
+
+
+def check_cluster(config: Config) -> None:
+    """ValueError for what several processes can't do."""
+    check(config, "at least", 1, "generators")
+    check(config, "at least", 0, "shards max_staleness")
+    check(config, "above", 0, "generator_timeout")
+    alone, ahead = config.cluster == "none", config.cut * (config.max_staleness + 1)
+    if config.generators > 1 and alone:
+        raise ValueError("several generators need a cluster: set cluster to local or auto")
+    if config.cut > config.problems:
+        raise ValueError(f"{config.problems} problems a step can't be cut into {config.cut} shards")
+    if config.generators > ahead:
+        raise ValueError(f"{config.generators} generators, but at most {ahead} shards in work: set shards higher")
+    if config.dump_trees and not (alone and config.cut == 1):
+        raise ValueError("dump_trees needs one process and one shard")
+    if config.max_staleness and config.old_logprobs == "recomputed" and not alone:
+        raise ValueError("recomputed log-probabilities can't correct for age: set max_staleness to 0")
 
 
 def settings(saved: dict) -> dict:
@@ -151,7 +184,7 @@ def settings(saved: dict) -> dict:
     and a model is known by its name, wherever its folder lies."""
     whole = asdict(Config()) | saved
     tree = asdict(TINY_TREE) | saved.get("tree", {})
-    kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ("tree", "out", "micro_batch_tokens")}
+    kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}
     return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
 
 
@@ -166,7 +199,7 @@ QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
     temperature=0.8,
 )  # fmt: skip
-PRESETS["tiny"] = Config()
+PRESETS["tiny"] = Config(failures=False)  # the post distils failures too: half the score (README)
 PRESETS["qwen1.5b"] = Config(
     preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
     clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),

@@ -4,6 +4,7 @@
     best-answer    the answer with the highest reward, advantage R - V
     best-path-q    the most-visited path; the critic learns the tree's values Q instead of R
     best-path-tree the same, and the critic learns from every other answer of the tree too
+    every-answer   every answer, advantage R - V; the critic learns the tree's values
     answers        every answer of the tree, advantage (R - mean) / std over them: the tree as a GRPO group
     steps          every answer, each step's tokens with advantage Q(child) - Q(parent)
     visits         every answer, each step's tokens with advantage pi(child) - mu(child): from the shares mu of the
@@ -111,11 +112,16 @@ def best_path_tree(tree: Tree, config: SearchConfig) -> list[Lesson]:
     return [Lesson(node, returns=tree_values(node), critic_only=node is not best) for node in tree.answers()]
 
 
+def every_answer(tree: Tree, config: SearchConfig) -> list[Lesson]:
+    return [Lesson(node, returns=tree_values(node)) for node in tree.answers()]
+
+
 LESSONS: dict[str, Callable[[Tree, SearchConfig], list[Lesson]]] = {
     "best-path": alone(best_path),
     "best-answer": alone(best_answer),
     "best-path-q": alone(best_path, q=True),
     "best-path-tree": best_path_tree,
+    "every-answer": every_answer,
     "answers": answers,
     "steps": steps,
     "visits": visits,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import ranks
 from policy import Policy
 from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_context, read_values
 
@@ -139,8 +140,14 @@ class VLLMSampler:
 
 
 def pick_sampler(sampler: str, device: str, quantize: str = "none") -> str:
-    """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch; ValueError if vLLM
-    isn't there or can't serve the weights (since 0.28 bitsandbytes is a plugin)."""
+    """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch, and torch beside
+    other ranks; ValueError if vLLM isn't there or can't serve the weights (since 0.28 bitsandbytes is a plugin)."""
+    if ranks.world() > 1 and sampler != "torch":
+        if sampler == "vllm":
+            raise ValueError(
+                "vLLM can't run beside torchrun's ranks: --sampler auto gives it to a cluster's generators"
+            )
+        return "torch"
     if sampler == "auto":
         return "vllm" if find_spec("vllm") and device.startswith("cuda") and quantize == "none" else "torch"
     if sampler == "vllm" and quantize != "none":

@@ -2,7 +2,7 @@
 
     python evaluate.py runs/mcts                                       # the trained policy alone, no search
     python evaluate.py assets/tiny --search mcts --budget 1024         # a tree a problem, up to 1,024 tokens each
-    python evaluate.py assets/tiny --search best-of-n --budget 1024    # its rival at the same budget
+    python evaluate.py assets/tiny --search best-of-n --budget 1024    # its rival at the same budget; several: 64 256
 
 mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
 With search, one answer a problem is chosen, either by the verifier's dense reward (best-of-n; and the tree's best
@@ -11,6 +11,7 @@ graded answer): Countdown's verifier needs no secret, so a deployed solver has i
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -167,7 +168,7 @@ class EvaluateConfig:
 
     model: tyro.conf.Positional[str] = str(TINY)  # a run folder, a policy's folder or a Hugging Face name
     search: str = "none"  # none, mcts, best-of-n
-    budget: int = 1024  # tokens a problem, with search
+    budget: tuple[int, ...] = (1024,)  # tokens a problem, with search; a search for each
     data: Path | None = None  # JSONL problems; default: the test split
     problems: int = 820
     size: int = 4  # numbers in a problem
@@ -197,18 +198,19 @@ class EvaluateConfig:
         check(self, "at least", 1, "problems samples budget rows")
         check(self, "at least", 0, "kept")
         check(self, "above", 0, "cache_gb")
-        self.tree()
+        self.tree(self.budget[0])
         if self.out:
             check_writable(self.out)
 
-    def tree(self) -> SearchConfig:
-        """The settings of a search."""
+    def tree(self, budget: int) -> SearchConfig:
+        """The settings of a search with so many tokens a problem."""
         shared = ("simulations", "children", "prior", "workers", "temperature", "max_tokens")
-        return SearchConfig(token_budget=self.budget, **{name: getattr(self, name) for name in shared})
+        return SearchConfig(token_budget=budget, **{name: getattr(self, name) for name in shared})
 
 
-def score(config: EvaluateConfig) -> Score:
-    """What the command line asks for. ValueError, before weights are loaded, for what can't be done."""
+def scores(config: EvaluateConfig) -> Iterator[Score]:
+    """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be
+    done."""
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
     device = pick_device(config.device)
     engine = pick_sampler(config.sampler, device, config.quantize)
@@ -220,28 +222,37 @@ def score(config: EvaluateConfig) -> Score:
     context = longest + config.max_tokens
     sampler = make_sampler(engine, policy, context, config.rows, config.kept, config.cache_gb, config.seed)
     if config.search == "none":
-        return evaluate(
+        yield evaluate(
             policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True
         )
-    return evaluate_search(policy, sampler, problems, config.search, config.tree(), config.seed, True)
+        return
+    for budget in config.budget:
+        yield evaluate_search(policy, sampler, problems, config.search, config.tree(budget), config.seed, True)
 
 
 def main() -> None:
     config = runs.read_config(EvaluateConfig)
+    found = []
     try:
-        found = score(config)
+        for score in scores(config):
+            found.append(asdict(score))
+            tell(config, score)
+            if config.out:
+                config.out.parent.mkdir(parents=True, exist_ok=True)
+                told = asdict(config) | {"scores": found, "provenance": runs.provenance()}
+                runs.write(config.out, json.dumps(told, default=str))
     except torch.OutOfMemoryError:
         runs.fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
-    usage = found.usage
-    print(f"{config.model}, search={config.search}: {found.line()}")
+
+
+def tell(config: EvaluateConfig, score: Score) -> None:
+    usage = score.usage
+    print(f"{config.model}, search={config.search}: {score.line()}")
     print(
-        f"{usage.generated / found.problems:.0f} tokens generated a problem, "
-        f"{usage.prefilled / found.problems:.0f} prefilled, {usage.valued / found.problems:.0f} read by the critic; "
+        f"{usage.generated / score.problems:.0f} tokens generated a problem, "
+        f"{usage.prefilled / score.problems:.0f} prefilled, {usage.valued / score.problems:.0f} read by the critic; "
         f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
     )
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        runs.write(config.out, json.dumps(asdict(config) | asdict(found) | runs.provenance(), default=str, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import ranks
 from config import Config
 from policy import Policy, batches
 from runs import Stopped
@@ -80,14 +81,17 @@ def update(
     and the tokens of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out.
     Stopped, before weights and optimiser are touched, where loss or gradient isn't finite."""
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
+    ranks.tell((trajectories, [group["lr"] for group in optimizer.param_groups], micro_tokens))
     if config.old_logprobs != "recorded":
         recompute(policy, trajectories, config, micro_tokens)
     for _ in range(config.inner_steps):
         before = sums
         sums, micro_tokens = gradients_that_fit(policy, optimizer, trajectories, config, micro_tokens)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        sums = ranks.add_up(trained, sums | {"micro_tokens": micro_tokens})
+        micro_tokens = sums["micro_tokens"]
         if before:  # the weights have moved since they were sampled from
             sums |= {key: before[key] for key in ("disagreement_mean", "disagreement_max")}
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient).item()
         for name in ("policy_loss", "value_loss", "kl", "gradient_norm"):
             if not math.isfinite(sums.get(name, 0.0)):
@@ -99,13 +103,23 @@ def update(
             f"warning: sampler and trainer differ by {sums['disagreement_mean']:.3f} nats a token (mean, above "
             f"{config.max_disagreement}): see --old-logprobs truncated, or --sampler torch"
         )
-    return sums | {"micro_tokens": micro_tokens}
+    return sums
+
+
+def follow(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """What a rank but the first does: the same updates, until the first one ends."""
+    ranks.synchronize(policy, optimizer)
+    while told := ranks.broadcast():
+        trajectories, rates, micro_tokens = told
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        update(policy, optimizer, trajectories, config, micro_tokens)
 
 
 def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_tokens: int) -> tuple[dict, int]:
     """`gradients`; if the GPU's memory runs out, once more with half the tokens in a micro-batch. Returns the size that
     did it too. ValueError if even that is too much."""
-    longest = max(len(t.prompt) + len(t.completion) for t in trajectories)
+    longest = max(map(length, trajectories))
     for size in (micro_tokens, max(micro_tokens // 2, min(micro_tokens, longest))):
         try:
             return gradients(policy, optimizer, trajectories, config, size), size
@@ -119,11 +133,12 @@ def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_to
 
 
 def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> dict:
-    """The gradient of the step's loss, in micro-batches, left in the weights; returns the loss's parts."""
+    """The gradient of the step's loss, this rank's share of it, in micro-batches, left in the weights; returns the
+    loss's parts."""
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
-    furthest = []
-    for group in micro_batches(trajectories, micro_tokens):
+    furthest = [torch.zeros((), device=policy.device)]
+    for group in micro_batches(ranks.share(trajectories, length), micro_tokens):
         loss, means, far = batch_loss(policy, group, config, trajectories)
         loss.backward()
         furthest.append(far)
@@ -132,9 +147,13 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
     return sums | {"disagreement_max": torch.stack(furthest).max().item()}
 
 
+def length(trajectory: Trajectory) -> int:
+    return len(trajectory.prompt) + len(trajectory.completion)
+
+
 def micro_batches(trajectories: list[Trajectory], tokens: int) -> list[list[Trajectory]]:
     """Trajectories of similar length together, at most `tokens` in each group, a tenth of them padding."""
-    groups = batches([len(t.prompt) + len(t.completion) for t in trajectories], tokens, padding=0.1)
+    groups = batches([length(t) for t in trajectories], tokens, padding=0.1)
     return [[trajectories[i] for i in group] for group in groups]
 
 
@@ -145,8 +164,8 @@ def right_align(rows: list[list[float]], width: int, device: torch.device) -> Te
 
 @torch.no_grad()
 def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> None:
-    """Give each trajectory the trainer's own log-probabilities before the update."""
-    for group in micro_batches(trajectories, micro_tokens):
+    """Give each trajectory of this rank's share the trainer's own log-probabilities before the update."""
+    for group in micro_batches(ranks.share(trajectories, length), micro_tokens):
         batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
         logprobs, _, _ = policy.logprobs_and_values(batch, config.temperature, critic=False)  # [B, T]
         for trajectory, row in zip(group, logprobs.tolist(), strict=True):

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from checks import read_json
 from countdown import Problem
@@ -23,6 +24,8 @@ from policy import VALUE_HEAD, Policy, encode, read_tensors
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by PEFT, it praises a package that none needs here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+disable_progress_bar()  # a bar for every checkpoint would run into the run's own; those of downloads stay
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite

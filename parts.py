@@ -96,18 +96,24 @@ def prepare(config: Config) -> Parts:
     plan = memory.plan(config, device)
     if plan.parts:
         print(plan)
+    data = splits(config)
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )
     sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
-    data = make_splits(
-        config.split,
-        train=config.train_problems,
-        validation=config.eval_problems,
-        test=config.test_problems,
-        size=config.size,
-    )
     return Parts(config, device, policy, sampler, make_optimizer(policy, config), data, plan.micro_tokens)
+
+
+def splits(config: Config) -> dict[str, list[Problem]]:
+    """The run's problems: train, validation, test."""
+    sizes = dict(train=config.train_problems, validation=config.eval_problems, test=config.test_problems)
+    return make_splits(config.split, **sizes, size=config.size)
+
+
+def draw(data: list[Problem], config: Config, step: int) -> tuple[list[Problem], np.random.Generator]:
+    """A step's problems, and its random stream, which goes on from there."""
+    rng = np.random.default_rng([config.seed, step])
+    return [data[i] for i in rng.integers(len(data), size=config.problems)], rng
 
 
 def random_state() -> dict:

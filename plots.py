@@ -4,6 +4,7 @@ python plots.py curves results/compare/*                     # validation mean@k
 python plots.py table results/compare/*                      # their scores, a row a run
 python plots.py summary results/compare/*                    # the README's table, a row a method
 python plots.py validation results/targets/*                 # validation scores, the best first
+python plots.py search results/search/*                      # problems solved at test time against tokens spent
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
 
@@ -12,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,16 @@ from matplotlib.ticker import EngFormatter
 
 import explorer
 import runs
-from checks import check_writable
+from checks import check_choices, check_writable, read_json
 from config import settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
 DRAWS = 2_000  # of the bootstrap
+ALONG = {
+    "generated": "generated tokens",
+    "seconds": "seconds of training",
+    "cpu_seconds": "CPU seconds of training",
+}
 RUN = tuple[dict, list[dict]]
 
 
@@ -63,16 +70,24 @@ def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[s
     return found
 
 
+def along(rows: list[dict], x: str) -> list[float]:
+    """How far a run was at each row. CPU seconds are a step's own (0 throughout where they were not recorded)."""
+    if x == "cpu_seconds":
+        return list(accumulate(row.get(x, 0) for row in rows))
+    return [row[x] for row in rows]
+
+
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
-    """Validation score against `x` ("generated" tokens or "seconds"), a line a method: the mean over seeds, and a
-    thin line for each seed. Returns the matplotlib figure."""
+    """Validation score against `x` (generated tokens, seconds or CPU seconds), a line a method: the mean over seeds,
+    and a thin line for each seed. Returns the matplotlib figure."""
     curves = defaultdict(list)
     for name, found in by_method(folders).items():
         for _, rows in found:
-            if rows := [row for row in rows if key in row]:
-                curves[name].append(([row[x] for row in rows], [100 * row[key] for row in rows]))
+            points = [(at, 100 * row[key]) for at, row in zip(along(rows, x), rows) if key in row]
+            if points and points[-1][0]:
+                curves[name].append(tuple(zip(*points)))
     if not curves:
-        raise ValueError(f"none of the runs has been evaluated yet (no {key})")
+        raise ValueError(f"none of the runs has been evaluated yet (no {key} by {ALONG[x]})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = defaultdict(lambda: iter(["-", "--", ":", "-."] * len(curves)))
@@ -86,10 +101,49 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
         mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
         label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         axes.plot(grid, mean, style, color=color, linewidth=2.2, label=label)
-    axes.set_xlabel({"generated": "generated tokens", "seconds": "seconds of training"}[x])
+    axes.set_xlabel(ALONG[x])
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("validation mean@k, %")
     axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return axes.figure
+
+
+def search_curves(files: list[Path], axes=None):
+    """Problems solved against the tokens that a search spent on each, from `evaluate.py --out` files with several
+    budgets, with 95 % intervals over problems. Policies have a line style each, trees a shade. Returns the matplotlib
+    figure."""
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    found = [read_json(file) for file in files]
+    for file, one in zip(files, found):
+        if not isinstance(one.get("scores"), list):
+            raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
+    models = list(dict.fromkeys(one["model"] for one in found))
+    widths = sorted({one["children"] for one in found if one["search"] == "mcts"})
+    for one in found:
+        spent = [score["usage"]["generated"] / score["problems"] for score in one["scores"]]
+        solved, low, high = (
+            100 * np.array([score[f"mean_{key}"] for score in one["scores"]]) for key in ("at_k", "low", "high")
+        )
+        width = widths.index(one["children"]) if one["search"] == "mcts" else len(widths)
+        name = f"mcts, K = {one['children']}" if one["search"] == "mcts" else one["search"]
+        axes.errorbar(
+            spent,
+            solved,
+            (solved - low, high - solved),
+            color=COLORS[one["search"]],
+            alpha=1 - 0.6 * (len(widths) - width) / len(widths) if one["search"] == "mcts" else 1,
+            linestyle=("--", "-", ":", "-.")[models.index(one["model"]) % 4],
+            marker="o",
+            markersize=3,
+            label=f"{name}, {one['model']}",
+        )
+    axes.set_xscale("log", base=4)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("generated tokens a problem")
+    axes.set_ylabel("test problems solved, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return axes.figure
@@ -118,28 +172,38 @@ def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
     return (right > 0) * 1.0 if passed else right / ends[0]["test_samples"]
 
 
+def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
+    """The runs of the search that a row is held against: with the same settings, or with as many of the last of them
+    as there are; for a search with fewer."""
+    method, *changed = name.split(", ")
+    names = (", ".join(["mcts", *changed[i:]]) for i in range(method == "mcts", len(changed) + 1))
+    return next((found[name] for name in names if name in found), None)
+
+
 def summary_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
-    the search's with the same settings (a search's: from the plain one's), and cost."""
+    `search_like` it, and cost. CPU time is of training alone, where it was recorded."""
     found = finished(by_method(folders), "test_right")
     k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
     (k,) = k
-    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | training |"]
+    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
         scores, passed = scores_of(some), scores_of(some, passed=True)
-        search = found.get("mcts" if name.startswith("mcts,") else re.sub("^[^,]+", "mcts", name))
-        rival = scores_of(search) if search and search is not some else None
+        search = search_like(name, found)
+        rival = scores_of(search) if search else None
         mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
         less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
-        tokens, steps, seconds, parsed = (
-            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "seconds", "test_parsed")
+        tokens, steps, parsed = (
+            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
         )
+        times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
+        cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
             f"| {name} | {len(some)} | **{mean}** | {less} | {share} | {parsed:.0%} "
-            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {seconds / 60:.1f} min |"
+            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
 
@@ -201,11 +265,15 @@ def results_table(folders: list[Path]) -> str:
 
 
 def validation_table(folders: list[Path]) -> str:
-    """A Markdown table of runs, the best first: their last score on the validation split, and cost."""
-    found = []
+    """A Markdown table of runs, the best first: their last score on the validation split, and cost; last, those that
+    were stopped because they had collapsed."""
+    found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if evaluated := [row for row in rows if "eval_mean" in row]:
+        if rows and "stopped" in rows[-1]:
+            tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
+            stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
+        elif evaluated := [row for row in rows if "eval_mean" in row]:
             found.append((folder.name, config["seed"], evaluated[-1]))
     k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
     lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
@@ -214,7 +282,7 @@ def validation_table(folders: list[Path]) -> str:
             f"| {name} | {seed} | **{row['eval_mean']:.1%}** | {row['eval_pass']:.1%} | {row['eval_reward']:+.2f} "
             f"| {row['eval_parsed']:.0%} | {row['generated'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + stopped)
 
 
 TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}
@@ -224,21 +292,20 @@ TABLES = {"table": results_table, "summary": summary_table, "validation": valida
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table, summary, validation, tree
-    folders: tyro.conf.Positional[list[Path]]  # runs; for tree: files from --dump-trees
+    what: tyro.conf.Positional[str]  # curves, table, summary, validation, search, tree
+    folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
     out: Path = Path("curves.png")
-    x: str = "generated"  # generated, seconds
+    x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
-        if self.what not in (known := ("curves", *TABLES, "tree")):
+        if self.what not in (known := ("curves", *TABLES, "search", "tree")):
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
-        if self.what != "tree":
+        if self.what not in ("search", "tree"):
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         check_writable(self.out)
-        if self.x not in ("generated", "seconds"):
-            raise ValueError(f"x must be generated or seconds, not {self.x!r}")
+        check_choices(self, x=ALONG)
 
 
 def main() -> None:
@@ -251,7 +318,8 @@ def main() -> None:
     if config.what in TABLES:
         print(TABLES[config.what](config.folders))
         return
-    learning_curves(config.folders, config.x).savefig(config.out, dpi=150)
+    drawn = search_curves(config.folders) if config.what == "search" else learning_curves(config.folders, config.x)
+    drawn.savefig(config.out, dpi=150)
     print(config.out)
 
 

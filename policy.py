@@ -194,7 +194,17 @@ class Policy(nn.Module):
         hidden = self.hidden(batch.ids, batch.attention, reference, use_cache=False).last_hidden_state
         return batch.ids[:, -width:], hidden[:, -width - 1 : -1]
 
-    # -------------------------------------------------------------------------------------------- files
+    # -------------------------------------------------------------------------------------------- weights
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What training changes, on the CPU: adapter or all weights, and the value head."""
+        return {name: p.detach().cpu() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """`trained_weights` of a policy with the same settings."""
+        for name, weight in weights.items():
+            self.get_parameter(name).copy_(weight)
 
     def save(self, folder: Path) -> None:
         """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head in a folder beside

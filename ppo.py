@@ -20,19 +20,19 @@ import torch
 from tqdm import tqdm
 
 import explorer
+import ranks
 import runs
+from cluster import Collected, collecting
 from config import Config, parse
 from countdown import Problem, Reward
 from distill import LESSONS
 from evaluate import Score
 from guard import Guard
-from learner import update
+from learner import follow, update
 from mcts import search
-from parts import prepare, record
+from parts import draw, prepare, record
 from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
-
-Collected = tuple[list[Trajectory], Usage, dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------ collecting
 
@@ -103,6 +103,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     bar = tqdm(total=100, desc=config.search, unit="%", bar_format=BAR)
     with bar, runs.Run(config.folder, config, resume) as run:
         state = parts.load(run)
+        ranks.synchronize(policy, optimizer)
         state["progress"] = progress(state, config)
         bar.n = bar.initial = int(100 * state["progress"])
         guard = Guard(config.max_kl, config.patience)
@@ -117,8 +118,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
 
         while state["progress"] < 1:
             began, cpu = time.perf_counter(), time.process_time()
-            rng = np.random.default_rng([config.seed, state["step"]])
-            problems = [data[i] for i in rng.integers(len(data), size=config.problems)]
+            problems, rng = draw(data, config, state["step"])
             trajectories, usage, info = collect(policy, sampler, problems, config, rng)
             for trajectory in trajectories:
                 trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
@@ -134,8 +134,10 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             row["cpu_seconds"] = time.process_time() - cpu
             if is_due(state, "evaluated", config.evaluations):
                 row |= parts.validate(run, state)
-            record(run, state, row)
             if reason := guard.check(row):
+                row["stopped"] = reason
+            record(run, state, row)
+            if reason:
                 raise runs.Stopped(f"step {state['step']}: {reason}")
             if is_due(state, "kept", config.checkpoints):
                 run.checkpoint(parts.save, state)
@@ -247,12 +249,19 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     config, resume = parse(args, method)
     if config.search not in collectors:
         runs.fail(f"this program runs {', '.join(collectors)}, not {config.search!r}")
-    if resume and runs.finished(config.folder):
+    if not resume:
+        runs.check_unused(config.folder)
+    elif runs.finished(config.folder):
         print(f"{config.folder} is finished: nothing is left to do")
         return
+    if ranks.join():  # torchrun has started several processes, and this is not the first
+        parts = prepare(config)
+        return follow(parts.policy, parts.optimizer, config)
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
     try:
-        train(config, collectors[config.search], resume)
+        with collecting(config, collectors[config.search]) as collect:
+            train(config, collect, resume)
+        ranks.leave()
     except torch.OutOfMemoryError as error:
         runs.fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
     except runs.Stopped as reason:

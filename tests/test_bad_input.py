@@ -175,6 +175,8 @@ plots.py pie models                                     | pie
 plots.py curves nowhere                                 | none of the folders holds a run
 plots.py tree nowhere.json                              | nowhere.json
 plots.py tree second.jsonl                              | holds no trees
+plots.py search nowhere.json                            | nowhere.json
+plots.py search models/adapter-json/config.json         | config.json
 oracle.py                                               | name at least one model
 oracle.py no/such --samples 0                           | samples
 study.py guess                                          | guess

@@ -99,6 +99,8 @@ def test_one_answer_is_taught_with_the_critics_advantage(tree):
 
 def test_best_path_tree_teaches_the_policy_one_answer_and_the_critic_all(tree):
     """Prevents a policy that imitates the tree's poor answers, and a critic that never sees them."""
+    assert lessons(tree, "every-answer") == lessons(tree, "best-path-tree")
+    assert not any(lesson.critic_only for lesson in LESSONS["every-answer"](tree, SearchConfig()))
     assert lessons(tree, "best-path-tree") == list(zip([LATE, WRONG, RIGHT], [None] * 3, RETURNS))
     found = LESSONS["best-path-tree"](tree, SearchConfig())
     assert [x.answer.completion() for x in found if not x.critic_only] == [RIGHT]

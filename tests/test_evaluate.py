@@ -166,17 +166,24 @@ def command(monkeypatch, *args):
 
 
 @pytest.mark.parametrize("search", ["none", "mcts", "best-of-n"])
-def test_command_line_prints_and_writes_one_result(checkpoint, tmp_path, monkeypatch, capsys, search):
-    """Prevents a result file whose settings overwrite what was found: it counts the problems that were graded."""
+def test_command_line_prints_and_writes_a_result_for_each_budget(checkpoint, tmp_path, monkeypatch, capsys, search):
+    """Prevents a result file whose settings overwrite what was found (it counts the problems that were graded), and a
+    budget that is left out."""
     data, out = tmp_path / "problems.jsonl", tmp_path / "result.json"
     data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3)
-    command(monkeypatch, checkpoint, "--search", search, "--data", data, "--samples", 2, "--budget", 40, "--out", out)
+    options = ("--search", search, "--data", data, "--samples", 2, "--budget", 40, 800, "--out", out)
+    command(monkeypatch, checkpoint, *options)
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert (result["problems"], result["samples"]) == (3, 2 if search == "none" else 1)
-    assert (result["search"], result["max_tokens"], result["mean_at_k"]) == (search, 8, 0.0)
-    assert {"torch", "commit", "mean_low", "mean_high"} <= result.keys()
-    assert f"search={search}: mean@{result['samples']} 0.00%" in printed
-    assert f"{result['usage']['generated'] / 3:.0f} tokens generated a problem" in printed
+    assert (result["search"], result["max_tokens"], result["budget"]) == (search, 8, [40, 800])
+    assert {"torch", "commit"} <= result["provenance"].keys()
+    assert len(result["scores"]) == (1 if search == "none" else 2)
+    for score in result["scores"]:
+        assert (score["problems"], score["samples"], score["mean_at_k"]) == (3, 2 if search == "none" else 1, 0.0)
+        assert f"search={search}: mean@{score['samples']} 0.00%" in printed
+        assert f"{score['usage']['generated'] / 3:.0f} tokens generated a problem" in printed
+    if search == "best-of-n":  # the trees here are searched out
+        smaller, larger = (score["usage"]["generated"] for score in result["scores"])
+        assert smaller < larger
 
 
 def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, tmp_path, monkeypatch, capsys):

@@ -35,6 +35,17 @@ def test_curves_average_the_seeds_of_a_method(folders):
     assert mean.get_ydata()[-1] == pytest.approx(40)
 
 
+def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
+    """Prevents a curve along the cost of single steps, and one at 0 for a run that has none."""
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"cpu_seconds": 2.0} if "eval_mean" in row else row for row in lines]
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed, mean = plots.learning_curves(folders, "cpu_seconds").axes[0].get_lines()
+    assert list(seed.get_xdata()) == [2, 4, 6, 8] and mean.get_label() == "mcts (1 seed)"
+    with pytest.raises(ValueError, match="none of the runs"):
+        plots.learning_curves(folders[1:], "cpu_seconds")
+
+
 def test_table_takes_first_and_last_test_score(folders):
     """The README's table must show the score before and after, not two of the same."""
     header, _, first, second = plots.results_table(folders).splitlines()
@@ -86,10 +97,25 @@ def test_a_summary_has_a_row_a_method(folders):
         finish(folder, [16 * i, 8, 0, 8])
     header, _, row = plots.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
-    assert row.endswith("| 0.00 M | 4 | 2.0 min |")
+    assert row.endswith("| 0.00 M | 4 | – |")
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
     _, other = plots.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
+
+
+def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
+    """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, and two policies that look
+    alike."""
+    score = {"problems": 10, "mean_at_k": 0.2, "mean_low": 0.1, "mean_high": 0.4}
+    for search, spent in (("mcts", (160, 2_000)), ("best-of-n", (150, 40_000))):
+        scores = [score | {"usage": {"generated": tokens}} for tokens in spent]
+        one = {"model": "a", "search": search, "children": 2, "budget": [16, 4_096], "scores": scores}
+        (tmp_path / f"{search}.json").write_text(json.dumps(one))
+    figure = plots.search_curves(sorted(tmp_path.iterdir()))
+    rival, tree = (container.lines[0] for container in figure.axes[0].containers)
+    assert list(tree.get_xdata()) == [16, 200] and list(rival.get_xdata()) == [15, 4_000]
+    assert tree.get_ydata() == pytest.approx([20, 20])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["best-of-n, a", "mcts, K = 2, a"]
 
 
 def test_validation_scores_the_best_first(folders):

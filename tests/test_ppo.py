@@ -106,7 +106,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(Policy, "grade", grade)
 
 
-TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds"}
+TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 STEP = {"step", "generated", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
 STEP |= {"identical", "wrong_reward"}
 STEP |= {"policy_loss", "value_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
@@ -323,6 +323,7 @@ def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config
     with pytest.raises(runs.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
         train(config, collect_samples)  # of the first step the policy is its own reference
     assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
+    assert runs.stopped(config.folder) and not runs.finished(config.folder)
     assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
     with pytest.raises(runs.Stopped, match="step 3"):
         train(config, collect_samples, resume=True)

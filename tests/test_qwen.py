@@ -23,7 +23,7 @@ from ppo import collect_mcts, train
 from runs import read_metrics
 from sampling import TorchSampler, complete
 
-TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds"}
+TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 KINDS = {
     "full-fp32": dict(),
     "lora-fp32": dict(lora_rank=4),

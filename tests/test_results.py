@@ -9,7 +9,7 @@ import plots
 import runs
 
 ROOT = Path(__file__).parents[1]
-BLOCK = r"<!-- table: python plots\.py (table|summary|validation) (\S+) -->\n(.*?)\n<!-- end -->"
+BLOCK = r"<!-- table: python plots\.py (table|summary|validation) ([^>]+) -->\n(.*?)\n<!-- end -->"
 BLOCKS = re.findall(BLOCK, (ROOT / "README.md").read_text(), re.S)
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl"))
 
@@ -17,7 +17,8 @@ RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl"))
 @pytest.mark.parametrize(("what", "pattern", "table"), BLOCKS, ids=[f"{b[0]} {b[1]}" for b in BLOCKS])
 def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
-    folders = [folder for folder in sorted(ROOT.glob(pattern)) if (folder / "metrics.jsonl").exists()]
+    found = [folder for glob in pattern.split() for folder in sorted(ROOT.glob(glob))]
+    folders = [folder for folder in found if (folder / "metrics.jsonl").exists()]
     assert folders and table == plots.TABLES[what](folders)
 
 
@@ -32,7 +33,7 @@ def test_a_run_says_how_it_was_made(folder):
     config, rows = plots.load(folder)
     made = config["provenance"]
     assert {"torch", "python", "machine", "commit"} <= set(made) and "seed" in config
-    assert "test_mean_at_k" in rows[-1] and rows == runs.read_metrics(folder)
+    assert ("test_mean_at_k" in rows[-1] or "stopped" in rows[-1]) and rows == runs.read_metrics(folder)
 
 
 def test_results_stay_small():

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import plots
 import runs
 import study
 from config import Config, parse
+from evaluate import EvaluateConfig
 from study import StudyConfig
 
 
@@ -65,6 +67,29 @@ def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monk
     assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], calls[0][2])]
 
 
+def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
+    """Prevents a setting that destroys the policy from being tried again with every start, and left out of what was
+    tried."""
+
+    def collapse(command, **_):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(
+            json.dumps(asdict(parse(*study.configuration(command[1:]))[0]), default=str)
+        )
+        (folder / "metrics.jsonl").write_text('{"step": 9, "generated": 90, "stopped": "collapsed"}\n')
+        programs[0].append(command)
+        return SimpleNamespace(returncode=3, stderr="error: step 9: collapsed\n")
+
+    monkeypatch.setattr(subprocess, "run", collapse)
+    for _ in range(2):
+        start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
+        assert capsys.readouterr().out == "mcts-seed1: done\n"
+    assert len(programs[0]) == 1
+    row = "| mcts-seed1 | 1 | collapsed | – | – | – | 0.00 M |"
+    assert row in plots.validation_table([tmp_path / "results/compare/mcts-seed1"])
+
+
 @pytest.mark.parametrize("where", ["runs", "results"])
 def test_a_run_with_other_settings_is_not_taken_for_done(programs, monkeypatch, capsys, where):
     """Prevents a table of runs that are not what study.py says they are, after one of its settings was changed."""
@@ -86,14 +111,14 @@ def test_committed_runs_are_what_the_study_asks_for():
     assert found >= 29
 
 
-@pytest.mark.parametrize("stage", study.STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in study.STAGES if stage != "search"])
 def test_every_command_is_a_configuration(stage, monkeypatch):
     """Prevents a study that fails in its third hour on an option, and two runs in one folder."""
     import baselines
     import ppo
 
     jobs, found = list(study.STAGES[stage](StudyConfig(stage, seeds=2))), []
-    assert len({name for name, _ in jobs}) == len(jobs) >= 10
+    assert len({name for name, _ in jobs}) == len(jobs) >= 5
     monkeypatch.setattr(ppo, "train", lambda config, *_: found.append(config))
     for _, command in jobs:
         program, *options = command.split()
@@ -102,6 +127,30 @@ def test_every_command_is_a_configuration(stage, monkeypatch):
     assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
     assert len({str(config) for config in found}) == len(jobs)
     assert {config.tokens for config in found} == {300_000 if stage == "tune" else 1_000_000}
+
+
+def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
+    """Prevents an option that evaluate.py does not have, an hour of searches done again, and a failure taken for a
+    result."""
+    calls = []
+
+    def evaluate(command, **_):
+        config = runs.read_config(EvaluateConfig, command[2:])
+        calls.append(config)
+        if config.search == "mcts" and config.children == 8:
+            return SimpleNamespace(returncode=2, stderr="error: no luck\n")
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text("{}")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", evaluate)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            start(monkeypatch, "search", "--jobs", "1")
+    assert "before-mcts-children8: failed, error: no luck" in capsys.readouterr().out
+    assert len(calls) == 8 + 2 and len({str(config) for config in calls}) == 8
+    assert len(list((tmp_path / "results/search").iterdir())) == 6
 
 
 @pytest.mark.parametrize("args", [["guess"], ["tune", "--methods", "dpo"], ["tune", "--jobs", "0"]])

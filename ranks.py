@@ -1,0 +1,103 @@
+"""Ranks: several processes that compute one update together, a GPU each, started by torchrun.
+
+    torchrun --nproc-per-node 2 ppo.py --search mcts
+
+Rank 0 is the run: it collects, evaluates and writes. The others hear of its trajectories and make the same updates:
+every rank takes a share of the trajectories, the gradients are summed over ranks once an update, and clipping and
+optimiser then do the same everywhere. That equals one process up to the order in which numbers are added.
+
+Why not DDP: it averages inside every backward pass, so that all ranks would need as many micro-batches; here a loss is
+a sum over trajectories with weights of the whole step, so sums are what is wanted, and once. Why not FSDP2: with LoRA
+it is the frozen weights that fill a GPU, and NF4 makes them smaller. Every rank holds the whole policy.
+
+In one process nothing here does anything. What ranks send each other is pickled: theirs must be a trusted network.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from policy import Policy
+
+Item = TypeVar("Item")
+HOW = {"disagreement_max": max, "micro_tokens": min}  # figures that are not added up
+
+
+def join() -> int:
+    """Take part, if torchrun has started this process; its rank. Only rank 0 speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 collects
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return rank()
+
+
+def leave() -> None:
+    """The run has ended, and the other ranks with it."""
+    if world() > 1:
+        broadcast(None)
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(items: list[Item], size: Callable[[Item], int]) -> list[Item]:
+    """This rank's items: dealt out by size, so that all ranks get about as much."""
+    return items if world() == 1 else sorted(items, key=size, reverse=True)[rank() :: world()]
+
+
+def tell(message: object) -> None:
+    """From rank 0 to the others, who wait for it in `broadcast`."""
+    if rank() == 0:
+        broadcast(message)
+
+
+def broadcast(message: object = None) -> object:
+    """Rank 0's message, on all ranks."""
+    box = [message]
+    if world() > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Rank 0's weights and optimiser state, on all ranks."""
+    if world() == 1:
+        return
+    policy.set_weights(broadcast(policy.trained_weights()))
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        key: {name: part.cpu() if torch.is_tensor(part) else part for name, part in state.items()}
+        for key, state in saved["state"].items()
+    }
+    optimizer.load_state_dict(broadcast(saved))
+
+
+def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[str, float]:
+    """Sum the gradients over ranks, in place, and the figures, but for those in HOW."""
+    if world() == 1:
+        return figures
+    for parameter in parameters:
+        if parameter.grad is None:  # this rank had no share
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    found: list[dict] = [{}] * world()
+    dist.all_gather_object(found, figures)
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: HOW.get(name, sum)([one[name] for one in found if name in one]) for name in names}

@@ -1,0 +1,102 @@
+"""Tests of ranks.py: two processes that compute one update."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import ppo
+import ranks
+from engines import pick_sampler
+from policy import read_tensors
+from runs import read_metrics
+
+KIT = Path(ranks.__file__).parent
+
+
+def together(monkeypatch, world, rank):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+
+
+def test_every_item_is_in_one_share_and_shares_are_about_as_large(monkeypatch):
+    """Prevents a trajectory that no rank or two learn from, and one rank for which all others wait."""
+    items = [9, 1, 5, 5, 2, 8, 7, 3, 3, 6]
+    shares = []
+    for rank in range(3):
+        together(monkeypatch, 3, rank)
+        shares.append(ranks.share(items, lambda item: item))
+    assert sorted(item for share in shares for item in share) == sorted(items)
+    assert max(map(sum, shares)) - min(map(sum, shares)) <= max(items)
+    together(monkeypatch, 3, 2)
+    assert ranks.share([4, 4], lambda item: item) == []
+
+
+def test_one_process_is_left_alone(monkeypatch):
+    """Prevents another order of trajectories, so other sums, where nobody asked for ranks."""
+    items = [1, 9, 5]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks.join() == 0 and ranks.world() == 1
+    assert ranks.share(items, lambda item: item) is items and ranks.broadcast(items) is items
+
+
+def test_figures_of_two_ranks_are_those_of_one(monkeypatch):
+    """Prevents a loss that is half of what it is, and a rank that runs out of memory again at every step."""
+
+    def gather(found, figures):
+        found[:] = [figures, {"disagreement_max": 0.3, "micro_tokens": 50}]  # a rank without a share
+
+    together(monkeypatch, 2, 0)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ours = {"policy_loss": 1.5, "disagreement_max": 0.1, "micro_tokens": 100}
+    assert ranks.add_up([], ours) == {"policy_loss": 1.5, "disagreement_max": 0.3, "micro_tokens": 50}
+
+
+def test_vllm_is_left_to_generators(monkeypatch):
+    """Prevents vLLM's process groups in the trainer's: both are the process's only ones."""
+    monkeypatch.setattr("engines.find_spec", lambda name: True)
+    assert pick_sampler("auto", "cuda") == "vllm"
+    together(monkeypatch, 2, 0)
+    assert pick_sampler("auto", "cuda") == pick_sampler("torch", "cuda") == "torch"
+    with pytest.raises(ValueError, match="vLLM can't run beside torchrun's ranks"):
+        pick_sampler("vllm", "cuda")
+
+
+def test_two_processes_go_on_like_one(tiny_config, tmp_path):
+    """Prevents gradients that are averaged or left out, a norm of a share, other weights or optimiser state on the
+    second process, and log-probabilities that only one of them recomputes."""
+    settings = dict(
+        tokens=0, steps=5, problems=5, learning_rate=1e-3, inner_steps=2, clip_gradient=0.05,
+        old_logprobs="recomputed", micro_batch_tokens=100, distill="best-path-tree", checkpoints=5, evaluations=0,
+    )  # fmt: skip
+    ppo.train(tiny_config(out=tmp_path / "one", **settings), ppo.collect_mcts)
+
+    def interrupted(policy, *rest):
+        if policy.version == 2:
+            raise KeyboardInterrupt
+        return ppo.collect_mcts(policy, *rest)
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(tiny_config(out=tmp_path / "two", **settings), interrupted)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, KIT / "ppo.py", "--resume", tmp_path / "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 steps") == 1  # one process speaks
+
+    names = ("step", "trajectories", "policy_loss", "value_loss", "kl", "disagreement_max", "gradient_norm")
+    one, two = (
+        [{name: row[name] for name in names if name in row} for row in read_metrics(tmp_path / which)]
+        for which in ("one", "two")
+    )
+    assert two == [pytest.approx(row, rel=1e-4, abs=2e-6) for row in one]
+    assert min(row["gradient_norm"] for row in one[1:-1]) > 0.05
+    for file in sorted((tmp_path / "one" / "policy").rglob("*.safetensors")):
+        same = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert_close(load_file(same), load_file(file), atol=1e-5, rtol=1e-4)
+    one, two = (read_tensors(tmp_path / which / "checkpoint" / "optimizer.pt")["state"] for which in ("one", "two"))
+    assert_close(two, one, atol=1e-6, rtol=1e-3)
