@@ -47,7 +47,7 @@ long-haul: .venv/installed
 	rm -rf runs/long-haul
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.long_haul $(ARGS)
 
-# the kit beside its peers, some ten minutes; one table alone: make bench BENCH=speed ARGS="--only search". TRL is
+# the kit beside its peers, about a quarter of an hour; one table: make bench BENCH=speed ARGS="--only search". TRL is
 # beside it after .venv/bin/python -m pip install -r requirements-bench.txt, vLLM after make test-vllm
 BENCH ?= speed training scaling game learning shares
 bench: .venv/installed
