@@ -2,7 +2,7 @@
 
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
-    python study.py steps      # twice the steps of half the tokens, right answers only, the same budget, validation
+    python study.py steps      # short steps, so more of them, from right answers only, the same budget, validation
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
@@ -40,17 +40,17 @@ PROGRAMS = {
     "grpo": "baselines.py --method grpo",
     "none": "ppo.py --search none",
 }
-# each method's main knob, how it spends its tokens: the first was chosen, the last makes two steps of one
+# each method's main knob, how it spends its tokens: the last takes steps as short as plain PPO's, 2,800 tokens
 KNOBS = {
     "mcts": (
         "--tree.children 2 --tree.simulations 32",
         "--tree.children 4 --tree.simulations 64 --problems 32",
-        "--tree.children 2 --tree.simulations 32 --problems 32",
+        "--tree.children 2 --tree.simulations 32 --problems 12",
     ),
-    "best-of-n": ("--samples 8", "--samples 32", "--samples 4"),
-    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 16 --samples 8"),
+    "best-of-n": ("--samples 8", "--samples 32", "--samples 8 --problems 8"),
+    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 4 --samples 16"),
     "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-    "none": ("--problems 64", "--problems 256", "--problems 32"),
+    "none": ("--problems 64", "--problems 256", "--problems 16"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
 CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md)
@@ -125,7 +125,7 @@ def steps(config: StudyConfig) -> Jobs:
     for name, (method, options) in COMPARED.items():
         if name in config.methods and "--no-failures" in options:
             options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
-            yield f"{name}-knob2", f"{PROGRAMS[method]} {options}"
+            yield f"{name}-short", f"{PROGRAMS[method]} {options}"
 
 
 def targets(config: StudyConfig) -> Jobs:
