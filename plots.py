@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +80,9 @@ def along(rows: list[dict], x: str) -> list[float]:
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
     """Validation score against `x` (generated tokens, seconds or CPU seconds), a line a method: the mean over seeds,
     and a thin line for each seed. Returns the matplotlib figure."""
-    curves = defaultdict(list)
+    curves, styles, free = defaultdict(list), {}, defaultdict(lambda: cycle(["-", "--", ":", "-."]))
     for name, found in by_method(folders).items():
+        styles[name] = next(free[name.partition(",")[0]])  # the same whatever x is
         for _, rows in found:
             points = [(at, 100 * row[key]) for at, row in zip(along(rows, x), rows) if key in row]
             if points and points[-1][0]:
@@ -90,10 +91,8 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
         raise ValueError(f"none of the runs has been evaluated yet (no {key} by {ALONG[x]})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    styles = defaultdict(lambda: iter(["-", "--", ":", "-."] * len(curves)))
     for name, seeds in curves.items():
-        method = name.partition(",")[0]
-        color, style = COLORS.get(method), next(styles[method])
+        color, style = COLORS.get(name.partition(",")[0]), styles[name]
         for xs, ys in seeds:
             axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
         end = min(max(xs) for xs, _ in seeds)
