@@ -42,18 +42,19 @@ def load(folder: Path) -> RUN:
 
 
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
-    """Runs that differ in nothing but their seed together, under their method's name. Where a method's runs differ in
-    more, settings other than the default are part of the name."""
+    """Runs that differ in nothing but their seed together, under their method's name. Where the runs of some method
+    differ in more, such settings, if other than the default, are part of every name."""
     found, values = defaultdict(list), defaultdict(set)
     loaded = [(settings(config), config, rows) for config, rows in map(load, folders)]
     for told, _, _ in loaded:
         for key, value in told.items():
             values[told["search"], key].add(value)
+    varied = {key for (_, key), some in values.items() if len(some) > 1}
     for told, config, rows in loaded:
         other = [
             f"no {key}" if told[key] is False else f"{key.split('.')[-1]} {told[key]}"
             for key, usual in settings({}).items()
-            if key != "seed" and told[key] != usual and len(values[told["search"], key]) > 1
+            if key != "seed" and told[key] != usual and key in varied
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
     return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}

@@ -118,6 +118,21 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["best-of-n, a", "mcts, K = 2, a"]
 
 
+def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
+    """Prevents a row that looks like the post's loss because its method was run from right answers alone only."""
+    finish(folders[0], [1, 2], failures=False, problems=16)
+    finish(folders[1], [1, 2])
+    other = tmp_path / "none"
+    other.mkdir()
+    for file in folders[0].iterdir():
+        (other / file.name).write_text(file.read_text().replace('"mcts"', '"none"'))
+    assert list(plots.by_method([*folders, other])) == [
+        "mcts",
+        "mcts, problems 16, no failures",
+        "none, problems 16, no failures",
+    ]
+
+
 def test_validation_scores_the_best_first(folders):
     """Prevents a list of what was tried that hides the winner, or shows another than the last score."""
     lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
