@@ -9,7 +9,12 @@ from config import Config
 from guard import Guard
 
 RESULTS = Path(__file__).parents[1] / "results"
-COLLAPSED = {"rates/mcts-lr1e-3": 26, "tune/cispo-lr3e-3-knob0": 28}  # and the step after which they are stopped
+COLLAPSED = {  # and the step after which they are stopped
+    "rates/mcts-lr1e-3": 26,
+    "rates/none-right-only-lr1e-3": 37,
+    "steps/none-right-only-short": 364,
+    "tune/cispo-lr3e-3-knob0": 28,
+}
 
 
 @pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl")), ids=lambda path: "/".join(path.parts[-3:-1]))
