@@ -238,7 +238,6 @@ def main() -> None:
             found.append(asdict(score))
             tell(config, score)
             if config.out:
-                config.out.parent.mkdir(parents=True, exist_ok=True)
                 told = asdict(config) | {"scores": found, "provenance": runs.provenance()}
                 runs.write(config.out, json.dumps(told, default=str))
     except torch.OutOfMemoryError:

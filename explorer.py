@@ -52,7 +52,6 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
 
 def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path) -> None:
     """Write trees as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     runs.write(file, json.dumps([tree_to_dict(tree, policy, config) for tree in trees]))
 
 

@@ -169,7 +169,6 @@ def main() -> None:
     config = runs.read_config(OracleConfig)
     torch.manual_seed(config.seed)
     rows = [judge(model, config) for model in config.models]
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
 
 

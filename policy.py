@@ -22,9 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from countdown import Problem, Reward, prompt, verify
 
-LOGIT_CHUNK = (
-    2**24
-)  # elements of [rows, vocabulary] alive at once; with fewer the head's gradient is added up too often
+# elements of [rows, vocabulary] alive at once; with fewer the head's gradient is added up too often
+LOGIT_CHUNK = 2**24
 VALUE_HEAD = Path("value_head") / "weights.safetensors"  # in a saved policy
 CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 

@@ -196,7 +196,6 @@ def measure(name: str, command: str, config: StudyConfig) -> None:
     kept, fresh = config.out / config.stage / f"{name}.json", Path("runs") / config.stage / f"{name}.json"
     if not kept.exists():
         call([*command.split(), "--out", str(fresh)], config)
-        kept.parent.mkdir(parents=True, exist_ok=True)
         runs.write(kept, fresh.read_text())
 
 

@@ -269,9 +269,8 @@ def main() -> None:
     expected = simulate(1, 1, service[1], updates, bench.simulated).seconds
     print(f"one generator with staleness 1, really run: {together:.2f} s a step, simulated {expected:.2f}")
     show_weights(bench, rates)
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     recorded = {"overhead": pairs, "service": service, "updates": updates, "rates": rates, "together": together}
-    bench.out.write_text(json.dumps(recorded))
+    runs.write(bench.out, json.dumps(recorded | runs.provenance()))
 
 
 def expected_most(times: list[float], number: int) -> float:

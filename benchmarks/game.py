@@ -72,7 +72,6 @@ def main() -> None:
     for kind, pairs in answers(bench.answers).items():
         rates[kind] = len(pairs) / seconds(lambda pairs=pairs: [verify(*pair) for pair in pairs], bench.repeats)
         print(f"| {kind} | {rates[kind]:,.0f} |", flush=True)
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     found = asdict(bench) | {"seconds": took, "verified": rates} | runs.provenance()
     runs.write(bench.out, json.dumps(found, indent=1, default=str))
 

@@ -94,7 +94,6 @@ def main() -> None:
                 print(f"| {method} | {costs} | {scores} |", flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", str(old)], check=True)
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | runs.provenance(), indent=1, default=str))
 
 

@@ -77,7 +77,6 @@ def main() -> None:
         rows.append(row)
         shown = f"{row['ms']:.2f} | {row['expanded']:.0%} | {row['ms_expansion']:.2f} | {row['us_token']:.0f}"
         print(f"| {trees} | {simulations} | {shown} |", flush=True)
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(bench.out, json.dumps(asdict(bench) | {"scaling": rows} | runs.provenance(), indent=1, default=str))
 
 

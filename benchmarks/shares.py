@@ -111,7 +111,6 @@ def main() -> None:
         costs = layouts(bench.rows)
     print("\n| attention, a layer and token | ms |\n|---|---|")
     print("\n".join(f"| {name} | {cost:.2f} |" for name, cost in costs.items()))
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     made = asdict(bench) | {"shares": found, "layouts": costs} | runs.provenance()
     runs.write(bench.out, json.dumps(made, indent=1, default=str))
 

@@ -231,7 +231,6 @@ def main() -> None:
     policy = load_policy(TINY, train=False)
     sections = {"sampling": bench_sampling, "search": bench_search}
     found = {name: sections[name](policy, bench) for name in bench.only}
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(bench.out, json.dumps(asdict(bench) | found | runs.provenance(), indent=1, default=str))
 
 

@@ -190,7 +190,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(model, bench, Path(folder)))
         show(rows[-1])
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(bench.out, json.dumps({"training": rows} | runs.provenance(), indent=1, default=str))
 
 

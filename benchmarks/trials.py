@@ -113,7 +113,6 @@ def main() -> None:
         print(
             f"| {name} | {rate:,.0f} | {row['ratio']:.2f} | {row['same']:.0%} | {row['disagreement']:.1e} |", flush=True
         )
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
     runs.write(bench.out, json.dumps(asdict(bench) | {"trials": found} | runs.provenance(), indent=1, default=str))
 
 
