@@ -2,7 +2,7 @@
 
     python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
     python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
-    python study.py steps      # short steps, so more of them, from right answers only, the same budget, validation
+    python study.py steps      # short steps, so more of them, at three rates, right answers only, validation
     python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
@@ -40,7 +40,7 @@ PROGRAMS = {
     "grpo": "baselines.py --method grpo",
     "none": "ppo.py --search none",
 }
-# each method's main knob, how it spends its tokens: the last takes steps as short as plain PPO's, 2,800 tokens
+# each method's main knob, how it spends its tokens; the last is for short steps: 2,800 tokens, for plain PPO 700
 KNOBS = {
     "mcts": (
         "--tree.children 2 --tree.simulations 32",
@@ -122,10 +122,10 @@ def rates(config: StudyConfig) -> Jobs:
 
 
 def steps(config: StudyConfig) -> Jobs:
-    for name, (method, options) in COMPARED.items():
+    for (name, (method, options)), rate in product(COMPARED.items(), RATES):
         if name in config.methods and "--no-failures" in options:
-            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
-            yield f"{name}-short", f"{PROGRAMS[method]} {options}"
+            options = f"--learning-rate {rate} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
+            yield f"{name}-short-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
 def targets(config: StudyConfig) -> Jobs:

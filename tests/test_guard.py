@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 COLLAPSED = {  # and the step after which they are stopped
     "rates/mcts-lr1e-3": 26,
     "rates/none-right-only-lr1e-3": 37,
-    "steps/none-right-only-short": 364,
+    "steps/none-right-only-short-lr3e-4": 364,
     "tune/cispo-lr3e-3-knob0": 28,
 }
 
