@@ -7,6 +7,7 @@
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py search     # search at test time against best-of-N, before and after distillation
+    python study.py chat       # on a GPU: SmolLM2-135M-Instruct after scripts/warm_up.py, four methods, two rates
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
@@ -83,6 +84,13 @@ ABLATIONS = {  # of the search with right answers only, which is `mcts-right-onl
 SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-seed1"}
 SEARCHES = {"best-of-n": "--search best-of-n"}
 SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
+CHAT = {  # steps of about 13,000 tokens
+    "mcts": "--problems 24 --tree.children 2 --tree.simulations 32",
+    "best-of-n": "--problems 16 --samples 8",
+    "cispo": "--problems 8 --samples 16",
+    "none": "--problems 128",
+}
+CHAT_MODEL = "--model models/smollm2-warm --max-tokens 128 --tree.step-tokens 40"
 BUDGET = "--tokens 1000000"
 VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
 TEST = "--evaluations 10 --no-test-before"
@@ -94,8 +102,8 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate, search
-    seeds: int = 5  # of compare; of ablate at most 3
+    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate, search, chat
+    seeds: int = 5  # of compare; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
     out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
@@ -153,6 +161,14 @@ def search(config: StudyConfig) -> Jobs:
         yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
 
 
+def chat(config: StudyConfig) -> Jobs:
+    measures = "--tokens 400000 --evaluations 5 --no-test-before --test-samples 8"
+    for seed, rate, (method, knob) in product(range(1, min(config.seeds, 2) + 1), ("1e-4", "3e-5"), CHAT.items()):
+        if method in config.methods:
+            options = f"--seed {seed} --learning-rate {rate} {knob} {CHAT_MODEL} {measures}"
+            yield f"{method}-lr{rate}-seed{seed}", f"{PROGRAMS[method]} {options}"
+
+
 STAGES = {
     "tune": tune,
     "rates": rates,
@@ -161,6 +177,7 @@ STAGES = {
     "compare": compare,
     "ablate": ablate,
     "search": search,
+    "chat": chat,
 }
 
 

@@ -1,12 +1,16 @@
-"""What a run of the real size costs on one card: peak memory, tokens a second, seconds a step by phase.
+"""What a run of the real size costs on one card: sampling over its floor, memory and seconds of a step by phase.
 
     python -m benchmarks.one_gpu                        # caps of 8, 12, 16, 24 GB, NF4 and bf16 LoRA, each sampler
     python -m benchmarks.one_gpu --caps 24 --samplers vllm --model Qwen/Qwen2.5-1.5B-Instruct
 
 Without --model the weights are random, in the shape of Qwen2.5-1.5B (benchmarks/random_qwen.py): memory and speed of a
 step are those of the real model, except that a random one never ends a step or an answer early, so every
-completion takes its full length. Each row is `python ppo.py` in a process of its own, under a hard cap on
+completion takes its full length. Each row of steps is `python ppo.py` in a process of its own, under a hard cap on
 PyTorch's allocator; a row that runs out of memory says so. Writes OUT/one_gpu.json.
+
+Sampling is TorchSampler beside transformers' `generate`, bf16, whole completions. The floor of a token is the larger of
+two times: the bytes of all weights and of every sequence's keys and values at the rate of a large copy, and the
+products with the weights at the rate of a large product, both measured here.
 """
 
 import json
@@ -14,24 +18,33 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
 import runs
 from benchmarks.random_qwen import Shape, make_checkpoint
+from benchmarks.speed import LENGTH, SIBLINGS, GenerateSampler, in_turn
 from checks import check, check_choices, check_writable
 from config import PRESETS
-from loading import locate, pick_device
+from countdown import make_problems
+from loading import load_policy, locate, pick_device
+from policy import Policy
+from sampling import TorchSampler
 
 COSTS = ("gpu_peak_gb", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds")
 
 
 @dataclass
 class Bench:
-    """Run a few steps of the preset qwen1.5b for each memory cap, quantisation and sampler."""
+    """Sample, and run a few steps of the preset qwen1.5b for each memory cap, quantisation and sampler."""
 
     model: str = ""  # Hugging Face name or folder; empty: random weights
+    rows: tuple[int, ...] = (64, 512, 2048)  # sequences sampled together
+    repeats: int = 2
     caps: tuple[float, ...] = (8, 12, 16, 24)  # GB
     quantize: tuple[str, ...] = ("nf4", "none")
     samplers: tuple[str, ...] = ("torch", "vllm")
@@ -46,11 +59,64 @@ class Bench:
         check_choices(self, quantize=("none", "nf4"), samplers=("torch", "vllm"), preset=PRESETS)
         check(self, "above", 0, "caps")
         check(self, "at least", 2, "steps")  # the first one is left out
-        check(self, "at least", 1, "problems simulations")
+        check(self, "at least", 1, "problems simulations repeats")
+        check(self, "at least", SIBLINGS, "rows")
         check_writable(self.out, folder=True)
         pick_device(self.device)
         if self.model:
             locate(self.model)
+
+
+def seconds_of(work, device: str, repeats: int = 10) -> float:
+    """The median time of `work()` on a device, warmed up."""
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def rates(device: str, side: int = 8192) -> tuple[float, float]:
+    """Bytes a second of a copy of 2 * side**2 bytes, read and written, and FLOP/s of a product of that size, bf16."""
+    a, b = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(a)
+    copy = seconds_of(lambda: target.copy_(a), device)
+    return 2 * a.nbytes / copy, 2 * side**3 / seconds_of(lambda: a @ b, device)
+
+
+def measure_sampling(policy: Policy, rows: int, repeats: int, bandwidth: float, flops: float) -> dict:
+    """Tokens a second of TorchSampler and of `generate`, and of the floor."""
+    prompts = [policy.encode(problem) for problem in make_problems(rows // SIBLINGS, "train")]
+
+    def rate(sampler) -> float:
+        _, usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+        return usage.generated / usage.seconds
+
+    samplers = TorchSampler(policy, rows), GenerateSampler(policy, together=True)
+    ours, peer = in_turn([lambda s=s: rate(s) for s in samplers], repeats)
+    shape, weights = policy.lm.config, sum(p.numel() for p in policy.lm.parameters())
+    wide = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
+    cached = 2 * 2 * shape.num_hidden_layers * wide  # bytes of keys and values of a token in bf16
+    context = sum(map(len, prompts)) / len(prompts) + LENGTH / 2
+    step = max((2 * weights + rows * context * cached) / bandwidth, 2 * rows * weights / flops)  # seconds
+    return {"rows": rows, "ours": ours, "peer": peer, "ratio": ours / peer, "floor": rows / step}
+
+
+def bench_sampling(bench: Bench, model: str) -> dict:
+    """The table of sampling."""
+    bandwidth, flops = rates(bench.device, 8192 if bench.device == "cuda" else 512)
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {flops / 1e12:.0f} TFLOP/s")
+    print("| sampling, rows | ours, tokens/s | generate | ratio | floor, tokens/s | share |\n|" + "---|" * 6)
+    policy, found = load_policy(model, device=bench.device, dtype="bfloat16", train=False), []
+    for rows in bench.rows:
+        row = measure_sampling(policy, rows, bench.repeats, bandwidth, flops)
+        found.append(row)
+        shown = f"{row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {row['floor']:,.0f}"
+        print(f"| {rows} | {shown} | {row['ours'] / row['floor']:.1%} |", flush=True)
+    return {"bandwidth": bandwidth, "flops": flops, "sampling": found}
 
 
 def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str) -> dict:
@@ -63,7 +129,7 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str) -
         eval_samples=1, test_problems=1, test_samples=1, train_problems=200,
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    args += ["--tree.simulations", str(bench.simulations)]
+    args += ["--tree.simulations", str(bench.simulations), "--no-test-before"]
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler}
     done = subprocess.run([sys.executable, "ppo.py", *args], capture_output=True, text=True)
     if done.returncode:
@@ -78,7 +144,7 @@ def main() -> None:
     bench = runs.read_config(Bench)
     bench.out.mkdir(parents=True, exist_ok=True)
     model = bench.model or str(make_checkpoint(Shape(bench.out / "model")))
-    rows = []
+    found, rows = bench_sampling(bench, model), []
     print("| cap | weights | sampler | peak GB | tokens/s | sampler s | critic s | update s |")
     print("|" + "---|" * 8)
     for cap in bench.caps:
@@ -90,7 +156,7 @@ def main() -> None:
                 rows.append(row)
                 cost = " | ".join(f"{row[key]:.1f}" for key in COSTS if key in row)
                 print(f"| {cap:g} GB | {row['weights']} | {sampler} | {row.get('error', cost)} |", flush=True)
-    runs.write(bench.out / "one_gpu.json", json.dumps({"rows": rows} | runs.provenance(), indent=1))
+    runs.write(bench.out / "one_gpu.json", json.dumps(found | {"rows": rows} | runs.provenance(), indent=1))
 
 
 if __name__ == "__main__":

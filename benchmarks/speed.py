@@ -73,7 +73,7 @@ class GenerateSampler:
 
     def _generate(self, prefixes, n, max_tokens, temperature, stop_at_step) -> list[list[Sample]]:
         pad, step = self.policy.tokenizer.pad_token_id, self.policy.tokenizer.convert_tokens_to_ids("</step>")
-        ids, attention = left_pad(prefixes, pad)
+        ids, attention = left_pad(prefixes, pad, self.policy.device)
         ends = [*self.policy.stop_ids, *([step] if stop_at_step else [])]
         with torch.inference_mode():
             out = self.policy.lm.generate(

@@ -1,0 +1,79 @@
+"""A short supervised warm-up: a chat model learns the game's format from written games, before any reinforcement.
+
+    make smollm2
+    python -m scripts.warm_up models/smollm2 models/smollm2-warm      # a minute on a data-centre GPU, hours on a CPU
+
+A small chat model that has never seen the format never answers in it, so neither search nor samples find anything to
+learn from. The games are pretrain.py's: random plays of training multisets, of which `on_target` state their own result
+as the target and the rest another, so that format and arithmetic are taught and the search for a way is not. Whoever
+compares methods from here says so, and gives all of them the same start.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import runs
+from checks import check, check_new
+from countdown import check_game
+from loading import load_policy, locate, pick_device
+from pretrain import PretrainConfig, games
+
+
+@dataclass
+class WarmUpConfig:
+    """Train all weights of a chat model on written games."""
+
+    model: tyro.conf.Positional[Path]  # Hugging Face name or folder
+    folder: tyro.conf.Positional[Path]  # to be written
+    steps: int = 400
+    batch: int = 128  # games a step
+    learning_rate: float = 3e-4  # AdamW, linear to 0 after a tenth of the steps
+    on_target: float = 0.45  # share of games that state their own result as the target
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "at least", 1, "steps batch")
+        check(self, "at least", 0, "learning_rate on_target")
+        check(self, "at most", 1, "on_target")
+        check_game(seed=self.seed)
+        pick_device(self.device)
+        locate(self.model)
+        check_new(self.folder)
+
+
+def warm_up(config: WarmUpConfig) -> None:
+    device = pick_device(config.device)
+    policy = load_policy(config.model, device=device, train=False)
+    tokenizer = policy.tokenizer
+    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    lesson = PretrainConfig(
+        steps=config.steps, batch=config.batch, on_target=config.on_target, early_on_target=config.on_target,
+        seed=config.seed,
+    )  # fmt: skip
+    bar = tqdm(range(config.steps), unit="step", mininterval=5)
+    for step in bar:
+        done = step / config.steps
+        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, 10 * done + 1 / config.steps) * (1 - done)
+        problems, texts = zip(*games(lesson, step), strict=True)
+        completions = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+        batch = policy.batch([policy.encode(problem) for problem in problems], completions)
+        with torch.autocast(device, torch.bfloat16):
+            logprobs, _, _ = policy.logprobs_and_values(batch, critic=False)  # [B, T]
+        loss = -(logprobs * batch.completion).sum() / batch.completion.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step + 1 == config.steps:
+            bar.set_postfix(loss=f"{loss.item():.4f}")  # nats a token
+    policy.lm.save_pretrained(config.folder, max_shard_size="1TB")
+    tokenizer.save_pretrained(config.folder)
+
+
+if __name__ == "__main__":
+    runs.command(lambda: warm_up(runs.read_config(WarmUpConfig)))

@@ -1,0 +1,120 @@
+"""Tests that need an NVIDIA GPU and nothing else: on it the kit draws, searches, learns, resumes and fits in memory as
+on the CPU, which all other tests run on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import memory
+import ppo
+from baselines import COLLECTORS
+from config import Config
+from learner import gradients, make_optimizer
+from loading import TINY, load_policy
+from mcts import SearchConfig, search
+from sampling import TorchSampler, complete
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+EVERY = COLLECTORS | ppo.COLLECTORS
+
+
+def pair(model, rank=0, **options):
+    """The same policy twice, its value head too: on the CPU and on the GPU."""
+    torch.manual_seed(0)
+    here = load_policy(model, rank, "cpu", **options)
+    there = load_policy(model, rank, "cuda", **options)
+    there.set_weights(here.trained_weights())
+    return here, there
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_samples_are_the_policys(qwen, problems, rank):
+    """Prevents log-probabilities on a GPU that are not those of the weights, and steps that end elsewhere."""
+    here, there = pair(qwen, rank)
+    prompts = [there.encode(problem) for problem in problems]
+    rows, usage = TorchSampler(there).sample(prompts, 4, [1, 2, 3, 4], 32, 0.7, True)
+    assert usage.generated == sum(len(s.tokens) for row in rows for s in row)
+    samples = [(prompt, s) for prompt, row in zip(prompts, rows, strict=True) for s in row]
+    batch = here.batch([prompt for prompt, _ in samples], [s.tokens for _, s in samples])
+    with torch.no_grad():
+        logprobs = here.logprobs_and_values(batch, 0.7)[0]
+    for row, (_, sample) in zip(logprobs, samples, strict=True):
+        assert_close(torch.tensor(sample.logprobs), row[-len(sample.tokens) :], atol=1e-3, rtol=1e-3)
+        if sample.ended == "step":
+            assert "</step>" in here.tokenizer.decode(sample.tokens)
+
+
+def test_a_search_keeps_its_books(problems):
+    """Prevents a tree on a GPU whose priors, values or cached states are not its policy's."""
+    here, there = pair(TINY)
+    torch.nn.init.normal_(there.value_head.layers[-1].weight, std=0.05)
+    here.value_head.load_state_dict(there.value_head.state_dict())
+    prompts, sampler = [there.encode(problem) for problem in problems], TorchSampler(there)
+    config = SearchConfig(simulations=24, children=3)
+    trees, usage = search(problems, prompts, sampler, sampler.values, there.grade, config, [1, 2, 3, 4])
+    assert usage.generated and all(tree.root.visits == 24 for tree in trees)
+    for tree in trees:
+        assert all(node.pending == 0 for node in tree.nodes())
+        inner = [node for node in tree.nodes() if node.children and node is not tree.root]
+        states = [tree.prompt + node.completion() for node in inner]
+        for node, value in zip(inner, here.values(states), strict=True):
+            assert node.value == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_gradients_are_the_cpus(qwen, problems, rank):
+    """Prevents a loss that differs on a GPU."""
+    here, there = pair(qwen, rank)
+    rows, _ = complete(here, TorchSampler(here), problems, 4, [1, 2, 3, 4], 24, 1.0, "none")
+    config, found = Config(), []
+    for policy in here, there:
+        trajectories = [replace(t, advantages=None) for row in rows for t in row]
+        gradients(policy, make_optimizer(policy, config), trajectories, config, 256)
+        found.append({name: p.grad.cpu() for name, p in policy.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 2e-3 * gradient.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_run_learns_is_resumed_and_tells_its_memory(tiny_config, tmp_path, method):
+    """Prevents a run that fails in its first step on a GPU, or can't go on after it."""
+    config = tiny_config(
+        search=method,
+        device="cuda",
+        model=str(TINY),
+        max_tokens=64,
+        tokens=6_000,
+        tree=SearchConfig(simulations=24, children=2),
+    )
+    scores = ppo.train(config, EVERY[method])
+    assert scores["after"].problems == config.test_problems
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "update_seconds" in row]
+    assert steps and all(0 < row["gpu_peak_gb"] < 8 for row in steps)
+    assert max(row["disagreement_mean"] for row in steps) < 0.01
+    longer = replace(config, tokens=9_000)
+    ppo.train(longer, EVERY[method], resume=True)
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["generated"] >= 9_000
+
+
+@pytest.mark.parametrize("method", ["mcts", "best-of-n"])
+def test_the_memory_estimate_holds(tiny_config, method):
+    """Prevents an estimate below what a run takes, which would then die in its third hour."""
+    config = tiny_config(
+        search=method, device="cuda", model=str(TINY), max_tokens=64, problems=64, samples=16,
+        tokens=60_000, gpu_memory=4.0, evaluations=0, tree=SearchConfig(simulations=32, children=4),
+    )  # fmt: skip
+    plan = memory.plan(config, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    ppo.train(config, EVERY[method])
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert peak + memory.CONTEXT_GB <= plan.need
