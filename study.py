@@ -54,7 +54,6 @@ KNOBS = {
     "none": ("--problems 64", "--problems 256", "--problems 16"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
-CHOSEN = dict.fromkeys(PROGRAMS, "3e-4")  # by validation mean@16 in stage rates (LOG.md)
 TARGETS = {
     "mcts": {
         **{name: f"--failures --distill {name}" for name in LESSONS if name not in ("best-path", "every-answer")},
@@ -66,9 +65,13 @@ TARGETS = {
     **{method: {"exact": "--failures --reward exact"} for method in ("best-of-n", "cispo", "none")},
 }
 # not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (stage tune: the same scores)
-COMPARED = {method: (method, "--failures") for method in ("mcts", "best-of-n", "cispo", "none")}
-COMPARED |= {f"{method}-right-only": (method, "--no-failures") for method in COMPARED}
-COMPARED["best-path-tree-right-only"] = ("mcts", "--no-failures --distill best-path-tree")
+COMPARED = {method: (method, f"{KNOBS[method][0]} --failures") for method in ("mcts", "best-of-n", "cispo", "none")}
+RIGHT_ONLY = {name: (name, "--no-failures") for name in COMPARED}
+RIGHT_ONLY["best-path-tree"] = ("mcts", "--no-failures --distill best-path-tree")
+for number, ending in (0, "right-only"), (2, "right-only-short"):
+    COMPARED |= {f"{n}-{ending}": (m, f"{KNOBS[m][number]} {options}") for n, (m, options) in RIGHT_ONLY.items()}
+CHOSEN = dict.fromkeys(COMPARED, "3e-4")  # by validation mean@16 in stages rates and steps (LOG.md)
+COLLAPSED = "none-right-only-short"  # at that rate: plain PPO's short steps are those of 64 problems
 ABLATIONS = {  # of the search with right answers only, which is `mcts-right-only` of stage compare
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
@@ -123,17 +126,18 @@ def tune(config: StudyConfig) -> Jobs:
 
 
 def rates(config: StudyConfig) -> Jobs:
-    for (name, (method, options)), rate in product(COMPARED.items(), RATES[1:]):
-        if name in config.methods:
-            options = f"--learning-rate {rate} {KNOBS[method][0]} {options} {BUDGET} {VALIDATE}"
-            yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
+    return tried(config, RATES[1:], short=False)
 
 
 def steps(config: StudyConfig) -> Jobs:
-    for (name, (method, options)), rate in product(COMPARED.items(), RATES):
-        if name in config.methods and "--no-failures" in options:
-            options = f"--learning-rate {rate} {KNOBS[method][2]} {options} {BUDGET} {VALIDATE}"
-            yield f"{name}-short-lr{rate}", f"{PROGRAMS[method]} {options}"
+    return tried(config, RATES, short=True)
+
+
+def tried(config: StudyConfig, rates: tuple[str, ...], short: bool) -> Jobs:
+    for (name, (method, options)), rate in product(COMPARED.items(), rates):
+        if name in config.methods and name.endswith("short") == short:
+            options = f"--learning-rate {rate} {options} {BUDGET} {VALIDATE}"
+            yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
 
 
 def targets(config: StudyConfig) -> Jobs:
@@ -145,8 +149,8 @@ def targets(config: StudyConfig) -> Jobs:
 
 def compare(config: StudyConfig) -> Jobs:
     for seed, (name, (method, options)) in product(range(1, config.seeds + 1), COMPARED.items()):
-        if name in config.methods:
-            options = f"--seed {seed} --learning-rate {CHOSEN[method]} {KNOBS[method][0]} {options} {BUDGET} {TEST}"
+        if name in config.methods and name != COLLAPSED:
+            options = f"--seed {seed} --learning-rate {CHOSEN[name]} {options} {BUDGET} {TEST}"
             yield f"{name}-seed{seed}", f"{PROGRAMS[method]} {options}"
 
 

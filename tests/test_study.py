@@ -126,7 +126,7 @@ def test_every_command_is_a_configuration(stage, monkeypatch):
         ppo.run(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
     assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
     assert len({str(config) for config in found}) == len(jobs)
-    assert {config.tokens for config in found} == {300_000 if stage == "tune" else 1_000_000}
+    assert {config.tokens for config in found} == {{"tune": 300_000, "chat": 400_000}.get(stage, 1_000_000)}
 
 
 def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
