@@ -65,6 +65,8 @@ class Rows(Cache):
 
     def move(self, source: Tensor, target: Tensor, most: int) -> None:
         """Copy the rows `source` [m] over the rows `target` [m], of which there will be at most `most` from now on."""
+        if not len(source) and most == self.layers[0].most:
+            return
         for layer in self.layers:
             if most > len(layer.buffers[0]):
                 for old, new in zip(layer.buffers, layer.hold(most, layer.buffers)):

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from checks import read_json
@@ -78,6 +83,8 @@ def load_policy(
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
         keep_packing(lm)
+        if lm.config._attn_implementation == "sdpa":
+            lm.set_attn_implementation("grouped")
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter:
@@ -96,6 +103,20 @@ def load_policy(
     if (head := Path(folder) / VALUE_HEAD).exists():
         policy.value_head.load_state_dict(read_tensors(head))
     return policy
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' sdpa attention, but for one new token a row: the query heads [K * G] that share the K keys and
+    values stand as G rows of one product, where transformers copies keys and values for every head."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, K, G, dim]
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.flatten(1, 2)[:, None], None  # [B, 1, K * G, dim]
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def read_shape(folder: str, base: str) -> PreTrainedConfig:

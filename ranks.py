@@ -33,7 +33,7 @@ def join() -> int:
     """Take part, if torchrun has started this process; its rank. Only rank 0 speaks."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():  # a GPU each
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 collects

@@ -121,8 +121,8 @@ def test_every_command_is_a_configuration(stage, monkeypatch):
     assert len({name for name, _ in jobs}) == len(jobs) >= 5
     monkeypatch.setattr(ppo, "train", lambda config, *_: found.append(config))
     for _, command in jobs:
-        program, *options = command.split()
-        monkeypatch.setattr("sys.argv", [program, *options, "--preset", "tiny"])
+        program, *options = [*command.split(), "--preset", "tiny"]
+        monkeypatch.setattr("sys.argv", [program, *options])
         ppo.run(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
     assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
     assert len({str(config) for config in found}) == len(jobs)
