@@ -5,7 +5,7 @@
 
 Without --model the weights are random, in the shape of Qwen2.5-1.5B (benchmarks/random_qwen.py): memory and speed of a
 step are those of the real model, except that a random one never ends a step or an answer early, so every
-completion takes its full length. Each row of steps is `python ppo.py` in a process of its own, under a hard cap on
+completion takes its full length. Each row of steps is a run in a process of its own, under a hard cap on
 PyTorch's allocator; a row that runs out of memory says so. Writes OUT/one_gpu.json.
 
 Sampling is TorchSampler beside transformers' `generate`, bf16, whole completions. The floor of a token is the larger of
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -48,18 +49,24 @@ class Bench:
     caps: tuple[float, ...] = (8, 12, 16, 24)  # GB
     quantize: tuple[str, ...] = ("nf4", "none")
     samplers: tuple[str, ...] = ("torch", "vllm")
+    methods: tuple[str, ...] = ("cispo", "mcts")
     preset: str = "qwen1.5b"
     steps: int = 5
     problems: int = 16  # trees a step
-    simulations: int = 16  # a tree
+    simulations: int = 32  # a tree
+    max_tokens: int = 128  # of a completion, and of a step: about what a game of four numbers takes
+    step_tokens: int = 32
     device: str = "cuda"
     out: Path = Path("runs/one_gpu")
 
     def __post_init__(self):
-        check_choices(self, quantize=("none", "nf4"), samplers=("torch", "vllm"), preset=PRESETS)
+        check_choices(
+            self, quantize=("none", "nf4"), samplers=("torch", "vllm"), preset=PRESETS,
+            methods=("mcts", "none", "best-of-n", "cispo", "grpo"),
+        )  # fmt: skip
         check(self, "above", 0, "caps")
         check(self, "at least", 2, "steps")  # the first one is left out
-        check(self, "at least", 1, "problems simulations repeats")
+        check(self, "at least", 1, "problems simulations repeats max_tokens step_tokens")
         check(self, "at least", SIBLINGS, "rows")
         check_writable(self.out, folder=True)
         pick_device(self.device)
@@ -119,44 +126,45 @@ def bench_sampling(bench: Bench, model: str) -> dict:
     return {"bandwidth": bandwidth, "flops": flops, "sampling": found}
 
 
-def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str) -> dict:
+def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, method: str) -> dict:
     """One row: medians over the steps after the first."""
-    folder = bench.out / f"{cap:g}GB-{quantize}-{sampler}"
+    folder = bench.out / f"{cap:g}GB-{quantize}-{sampler}-{method}"
     shutil.rmtree(folder, ignore_errors=True)
     options = dict(
         preset=bench.preset, model=model, out=folder, gpu_memory=cap, quantize=quantize, sampler=sampler,
         steps=bench.steps, tokens=0, problems=bench.problems, device=bench.device, evaluations=0, eval_problems=1,
-        eval_samples=1, test_problems=1, test_samples=1, train_problems=200,
+        eval_samples=1, test_problems=1, test_samples=1, train_problems=200, max_tokens=bench.max_tokens,
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    args += ["--tree.simulations", str(bench.simulations), "--no-test-before"]
-    row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler}
-    done = subprocess.run([sys.executable, "ppo.py", *args], capture_output=True, text=True)
+    args += ["--tree.simulations", str(bench.simulations), "--tree.step-tokens", str(bench.step_tokens)]
+    program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
+    row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
+    done = subprocess.run([sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True)
     if done.returncode:
         return row | {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
     steps = [step for step in runs.read_metrics(folder) if "update_seconds" in step][1:]
     for key in COSTS:
         row[key] = median(step.get(key, math.nan) for step in steps)
-    return row | {"micro_tokens": steps[-1]["micro_tokens"]}
+    # a searched random model may answer in none of its trees: no update then
+    return row | {name: steps[-1].get(name) for name in ("trajectories", "micro_tokens")}
 
 
 def main() -> None:
     bench = runs.read_config(Bench)
     bench.out.mkdir(parents=True, exist_ok=True)
     model = bench.model or str(make_checkpoint(Shape(bench.out / "model")))
-    found, rows = bench_sampling(bench, model), []
-    print("| cap | weights | sampler | peak GB | tokens/s | sampler s | critic s | update s |")
-    print("|" + "---|" * 8)
-    for cap in bench.caps:
-        for quantize in bench.quantize:
-            for sampler in bench.samplers:
-                if (quantize, sampler) == ("nf4", "vllm"):  # vLLM does not serve it
-                    continue
-                row = measure(bench, model, cap, quantize, sampler)
-                rows.append(row)
-                cost = " | ".join(f"{row[key]:.1f}" for key in COSTS if key in row)
-                print(f"| {cap:g} GB | {row['weights']} | {sampler} | {row.get('error', cost)} |", flush=True)
-    runs.write(bench.out / "one_gpu.json", json.dumps(found | {"rows": rows} | runs.provenance(), indent=1))
+    found = bench_sampling(bench, model) | {"steps": []} | runs.provenance()
+    print("| cap | weights | sampler | method | peak GB | tokens/s | sampler s | critic s | update s | trajectories |")
+    print("|" + "---|" * 10)
+    for cap, quantize, sampler, method in product(bench.caps, bench.quantize, bench.samplers, bench.methods):
+        if (quantize, sampler) == ("nf4", "vllm"):  # vLLM does not serve it
+            continue
+        row = measure(bench, model, cap, quantize, sampler, method)
+        found["steps"].append(row)
+        cost = " | ".join(f"{row[key]:.1f}" for key in COSTS if key in row)
+        told = row.get("error", f"{cost} | {row.get('trajectories')}")
+        print(f"| {cap:g} GB | {row['weights']} | {sampler} | {method} | {told} |", flush=True)
+        runs.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
