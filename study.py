@@ -57,7 +57,7 @@ RATES = ("1e-4", "3e-4", "1e-3")
 TARGETS = {
     "mcts": {
         **{name: f"--failures --distill {name}" for name in LESSONS if name not in ("best-path", "every-answer")},
-        **{f"{name}-right-only": f"--no-failures --distill {name}" for name in LESSONS if "path" not in name},
+        **{f"{n}-right-only-short": f"--problems 12 --no-failures --distill {n}" for n in LESSONS if "path" not in n},
         "best-path-tree-backbone": "--failures --distill best-path-tree --value-gradient",
         "backbone": "--failures --value-gradient",
         "exact": "--failures --reward exact",

@@ -49,7 +49,7 @@ class Bench:
     caps: tuple[float, ...] = (8, 12, 16, 24)  # GB
     quantize: tuple[str, ...] = ("nf4", "none")
     samplers: tuple[str, ...] = ("torch", "vllm")
-    methods: tuple[str, ...] = ("cispo", "mcts")
+    methods: tuple[str, ...] = ("best-of-n", "mcts")
     preset: str = "qwen1.5b"
     steps: int = 5
     problems: int = 16  # trees a step
