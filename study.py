@@ -84,7 +84,7 @@ ABLATIONS = {  # of the search with right answers only, which is `mcts-right-onl
     "recomputed": "--old-logprobs recomputed",
     "leaking-split": "--split post",
 }
-SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-seed1"}
+SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-short-seed1"}
 SEARCHES = {"best-of-n": "--search best-of-n"}
 SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
 CHAT = {  # steps of about 13,000 tokens
