@@ -42,11 +42,12 @@ class WarmUpConfig:
         check(self, "at most", 1, "on_target")
         check_game(seed=self.seed)
         pick_device(self.device)
-        locate(self.model)
         check_new(self.folder)
+        locate(self.model)
 
 
-def warm_up(config: WarmUpConfig) -> None:
+def warm_up(config: WarmUpConfig) -> list[float]:
+    """Writes the folder; returns the loss of each step, nats a token."""
     device = pick_device(config.device)
     policy = load_policy(config.model, device=device, train=False)
     tokenizer = policy.tokenizer
@@ -55,12 +56,14 @@ def warm_up(config: WarmUpConfig) -> None:
         steps=config.steps, batch=config.batch, on_target=config.on_target, early_on_target=config.on_target,
         seed=config.seed,
     )  # fmt: skip
-    bar = tqdm(range(config.steps), unit="step", mininterval=5)
-    for step in bar:
+    losses: list[float] = []
+    for step in (bar := tqdm(range(config.steps), unit="step", mininterval=5)):
         done = step / config.steps
         optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, 10 * done + 1 / config.steps) * (1 - done)
         problems, texts = zip(*games(lesson, step), strict=True)
-        completions = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+        completions = [
+            ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ]
         batch = policy.batch([policy.encode(problem) for problem in problems], completions)
         with torch.autocast(device, torch.bfloat16):
             logprobs, _, _ = policy.logprobs_and_values(batch, critic=False)  # [B, T]
@@ -69,10 +72,11 @@ def warm_up(config: WarmUpConfig) -> None:
         torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step + 1 == config.steps:
-            bar.set_postfix(loss=f"{loss.item():.4f}")  # nats a token
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
     policy.lm.save_pretrained(config.folder, max_shard_size="1TB")
     tokenizer.save_pretrained(config.folder)
+    return losses
 
 
 if __name__ == "__main__":

@@ -199,6 +199,10 @@ benchmarks/shares.py --rows 4                           | rows must be at least 
 benchmarks/trials.py --trials fp8                       | trials must be
 benchmarks/memory.py --length 512                       | length must be at least 513
 benchmarks/memory.py --length 99999                     | length must be at most 32768
+scripts/warm_up.py /no/such new                         | there is no folder /no/such
+scripts/warm_up.py assets/tiny models                   | models exists already
+scripts/warm_up.py assets/tiny new --steps 0            | steps must be at least 1
+scripts/warm_up.py assets/tiny new --device tpu         | device must be auto, cpu or cuda
 benchmarks/one_gpu.py                                   | no NVIDIA GPU is visible
 benchmarks/one_gpu.py --device cpu --caps 8 nan         | caps must be a finite number
 benchmarks/one_gpu.py --device cpu --steps 1            | steps must be at least 2

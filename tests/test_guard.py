@@ -12,6 +12,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 COLLAPSED = {  # and the step after which they are stopped
     "rates/mcts-lr1e-3": 26,
     "rates/none-right-only-lr1e-3": 37,
+    "steps/best-of-n-right-only-short-lr1e-3": 31,
+    "steps/best-path-tree-right-only-short-lr1e-3": 20,
+    "steps/cispo-right-only-short-lr1e-3": 33,
+    "steps/mcts-right-only-short-lr1e-3": 24,
+    "steps/none-right-only-short-lr1e-3": 27,
     "steps/none-right-only-short-lr3e-4": 364,
     "tune/cispo-lr3e-3-knob0": 28,
 }
