@@ -7,14 +7,13 @@ Seconds are the process's own on the CPU, so that other programs hardly matter.
 
 import json
 import random
-import time
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
-from statistics import median
 
 import countdown
 import runs
+from benchmarks.timing import timed
 from checks import check, check_writable
 from countdown import make_problems, solve, verify
 
@@ -34,15 +33,14 @@ class Bench:
 
 
 def seconds(work, repeats: int) -> float:
-    """The median of `repeats` runs, each with nothing remembered."""
-    times = []
-    for _ in range(repeats):
+    """The median CPU time of `repeats` runs, each with nothing remembered."""
+
+    def afresh() -> None:
         for remembered in countdown.play_distribution, countdown.reachable:
             remembered.cache_clear()
-        began = time.process_time()
         work()
-        times.append(time.process_time() - began)
-    return median(times)
+
+    return timed(afresh, repeats)[0]
 
 
 def answers(count: int) -> dict[str, list[tuple[str, countdown.Problem]]]:

@@ -28,7 +28,8 @@ import torch
 
 import runs
 from benchmarks.random_qwen import Shape, make_checkpoint
-from benchmarks.speed import LENGTH, SIBLINGS, GenerateSampler, in_turn
+from benchmarks.speed import LENGTH, SIBLINGS, GenerateSampler
+from benchmarks.timing import in_turn, timed
 from checks import check, check_choices, check_writable
 from config import PRESETS
 from countdown import make_problems
@@ -74,24 +75,15 @@ class Bench:
             locate(self.model)
 
 
-def seconds_of(work, device: str, repeats: int = 10) -> float:
-    """The median time of `work()` on a device, warmed up."""
-    times = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[2:])
-
-
 def rates(device: str, side: int = 8192) -> tuple[float, float]:
     """Bytes a second of a copy of 2 * side**2 bytes, read and written, and FLOP/s of a product of that size, bf16."""
     a, b = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(a)
-    copy = seconds_of(lambda: target.copy_(a), device)
-    return 2 * a.nbytes / copy, 2 * side**3 / seconds_of(lambda: a @ b, device)
+    target, wait = torch.empty_like(a), torch.cuda.synchronize if device == "cuda" else lambda: None
+    copy, product = (
+        timed(lambda do=do: (do(), wait()), 10, warm_up=2, clock=time.perf_counter)[0]
+        for do in (lambda: target.copy_(a), lambda: a @ b)
+    )
+    return 2 * a.nbytes / copy, 2 * side**3 / product
 
 
 def measure_sampling(policy: Policy, rows: int, repeats: int, bandwidth: float, flops: float) -> dict:

@@ -7,14 +7,13 @@ Seconds are the process's own on the CPU, with one thread; the prompts' one pref
 """
 
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
 import runs
+from benchmarks.timing import timed
 from checks import check, check_writable
 from config import Config
 from countdown import make_problems
@@ -42,17 +41,17 @@ class Bench:
 
 def measure(policy: Policy, trees: int, config: SearchConfig, repeats: int) -> dict:
     """Milliseconds of a simulation, and what it found to do."""
-    problems, times = make_problems(trees, "train"), []
+    problems = make_problems(trees, "train")
     prompts = [policy.encode(problem) for problem in problems]
-    for _ in range(repeats):
-        sampler, began = TorchSampler(policy), time.process_time()
-        searched, usage = search(
-            problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems)))
-        )
-        times.append(time.process_time() - began)
+
+    def work():
+        sampler = TorchSampler(policy)
+        return search(problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems))))
+
+    seconds, (searched, usage) = timed(work, repeats)
     done = sum(tree.simulations for tree in searched)
     expanded = sum(tree.expansions for tree in searched) / done
-    cost = 1000 * median(times)
+    cost = 1000 * seconds
     return {
         "trees": trees,
         "simulations": config.simulations,

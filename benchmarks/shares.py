@@ -7,10 +7,8 @@ What is left when operators are taken from the whole is Python between them.
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import runs
 from benchmarks.speed import LENGTH, SIBLINGS
+from benchmarks.timing import timed
 from checks import check, check_writable
 from countdown import make_problems
 from loading import TINY, load_policy
@@ -88,17 +87,7 @@ def layouts(rows: int, heads: int = 5, columns: int = 40, dim: int = 32) -> dict
         "two products and a softmax, no gap": (products, dense),
         "two products and a softmax, room": (products, roomy),
     }
-    return {name: 1000 * cpu_seconds(lambda w=work, k=kept: w(*k)) for name, (work, kept) in wanted.items()}
-
-
-def cpu_seconds(work: Callable[[], object], repeats: int = 30) -> float:
-    """The median CPU time of some calls after a warm-up."""
-    times = []
-    for _ in range(repeats + 3):
-        began = time.process_time()
-        work()
-        times.append(time.process_time() - began)
-    return median(times[3:])
+    return {name: 1000 * timed(lambda w=work, k=kept: w(*k), 30, warm_up=3)[0] for name, (work, kept) in wanted.items()}
 
 
 def main() -> None:

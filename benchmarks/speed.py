@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from statistics import median
 import torch
 
 import runs
+from benchmarks.timing import in_turn, timed
 from checks import check, check_choices, check_writable
 from config import Config
 from countdown import make_problems
@@ -97,22 +97,12 @@ class GenerateSampler:
         return [self.policy.values([state])[0] for state in states], Usage(valued=sum(map(len, states)))
 
 
-def in_turn(measures: list[Callable[[], float]], repeats: int) -> list[float]:
-    """The median of each measurement, taken in turn; the first round warms up."""
-    rounds = [[measure() for measure in measures] for _ in range(repeats + 1)][1:]
-    return [median(column) for column in zip(*rounds)]
-
-
 def floor(policy: Policy, rows: int) -> float:
     """Tokens a second if only the products with the weights took time, at the rate of the MLP's two."""
     config = policy.lm.config
     x, up = torch.randn(rows, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
-    times = []
-    for _ in range(50):
-        began = time.perf_counter()
-        x @ up @ up.T
-        times.append(time.perf_counter() - began)
-    rate = 4 * rows * up.numel() / median(times)  # FLOP/s
+    seconds, _ = timed(lambda: x @ up @ up.T, 50, clock=time.perf_counter)
+    rate = 4 * rows * up.numel() / seconds  # FLOP/s
     weights = sum(
         p.numel() for name, p in policy.lm.named_parameters() if p.dim() == 2
     )  # a tied head once, as it is run

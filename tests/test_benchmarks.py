@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import game, learning, scaling, shares, training, trials
+from benchmarks import game, learning, one_gpu, scaling, shares, training, trials
 from learner import gradients, make_optimizer
-from loading import load_policy
+from loading import TINY, load_policy
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,19 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys, 
     module.main()
     found = json.loads((tmp_path / "deep" / "found.json").read_text())
     assert found[key] and found["torch"] and "|---|" in capsys.readouterr().out
+
+
+def test_steps_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
+    """Prevents the minutes of a lent card from ending in a traceback, also where there was nothing to learn from."""
+    args = f"--device cpu --model {TINY} --rows 8 --repeats 1 --caps 8 0.1 --quantize none --samplers torch --steps 2"
+    args += f" --problems 2 --simulations 4 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", [one_gpu.__name__, *args.split()])
+    one_gpu.main()
+    found = json.loads((tmp_path / "one_gpu.json").read_text())
+    samples, tree, *refused = found["steps"]
+    assert samples["trajectories"] == 2 and samples["update_seconds"] > 0 and tree["sampler_seconds"] > 0
+    assert all("GB of GPU memory" in row["error"] for row in refused) and len(refused) == 2
+    assert found["sampling"][0]["ours"] > 0 and "| 8 GB | bf16 | torch | mcts |" in capsys.readouterr().out
 
 
 def test_two_products_are_attention():
