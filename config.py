@@ -200,6 +200,8 @@ QWEN = dict(
     temperature=0.8,
 )  # fmt: skip
 PRESETS["tiny"] = Config(failures=False)  # the post distils failures too: half the score (README)
+# of a step of about 2,800 tokens: with longer ones all methods learn less from as many tokens (LOG.md, 2026-11-27)
+TINY_PROBLEMS = {"mcts": 12, "none": 64, "best-of-n": 8, "cispo": 4, "grpo": 4}
 PRESETS["qwen1.5b"] = Config(
     preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
     clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),
@@ -215,16 +217,29 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     """The configuration of a run, and whether it goes on with an interrupted one."""
     if "--resume" in args:
         return resumed(args), True
-    name = "qwen1.5b" if torch.cuda.is_available() else "tiny"
-    for i, arg in enumerate(args):
-        if arg == "--preset" or arg.startswith("--preset="):
-            name = arg.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+    name = given(args, "--preset", "qwen1.5b" if torch.cuda.is_available() else "tiny")
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
-    default = replace(PRESETS[name], search=method, loss="ppo" if method == "grpo" else PRESETS[name].loss)
-    config = runs.read_config(Config, args, default)
+    config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
     check_writable(config.folder, folder=True)
     return config, False
+
+
+def given(args: list[str], option: str, default: str) -> str:
+    """What a command line says of an option."""
+    for i, arg in enumerate(args):
+        if arg == option or arg.startswith(f"{option}="):
+            default = arg.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+    return default
+
+
+def preset_for(name: str, method: str) -> Config:
+    """A preset's settings, where they depend on the method."""
+    preset = PRESETS[name]
+    if method not in METHODS:  # which is told when all options are read
+        return preset
+    problems = TINY_PROBLEMS[method] if name == "tiny" else preset.problems
+    return replace(preset, search=method, problems=problems, loss="ppo" if method == "grpo" else preset.loss)
 
 
 def resumed(args: list[str]) -> Config:

@@ -44,11 +44,11 @@ PROGRAMS = {
 # each method's main knob, how it spends its tokens; the last is for short steps: 2,800 tokens, for plain PPO 700
 KNOBS = {
     "mcts": (
-        "--tree.children 2 --tree.simulations 32",
+        "--problems 64 --tree.children 2 --tree.simulations 32",
         "--tree.children 4 --tree.simulations 64 --problems 32",
         "--tree.children 2 --tree.simulations 32 --problems 12",
     ),
-    "best-of-n": ("--samples 8", "--samples 32", "--samples 8 --problems 8"),
+    "best-of-n": ("--problems 64 --samples 8", "--problems 64 --samples 32", "--problems 8 --samples 8"),
     "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 4 --samples 16"),
     "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
     "none": ("--problems 64", "--problems 256", "--problems 16"),

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from config import PRESETS, Config, parse
+from config import METHODS, PRESETS, Config, parse, preset_for
 from mcts import SearchConfig
 
 
@@ -31,13 +31,24 @@ def test_the_command_line_starts_from_a_preset_and_overrides_it(monkeypatch):
     expected = replace(PRESETS["post"], seed=3, tree=replace(PRESETS["post"].tree, simulations=9), value_gradient=False)
     assert (config, resume) == (expected, False)
     assert parse(["--preset", "tiny"], "none")[0] == replace(PRESETS["tiny"], search="none")
+    assert parse(["--preset", "tiny", "--search", "none"], "mcts")[0] == replace(PRESETS["tiny"], search="none")
+    assert parse(["--preset", "tiny", "--problems", "5"], "cispo")[0].problems == 5
     assert (parse(["--preset", "tiny"], "grpo")[0].loss, parse(["--preset", "tiny"], "cispo")[0].loss) == (
         "ppo",
         "cispo",
     )
     for present, preset in ((True, "qwen1.5b"), (False, "tiny")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
-        assert parse([], "mcts")[0] == PRESETS[preset]
+        assert parse([], "mcts")[0] == preset_for(preset, "mcts")
+
+
+def test_tiny_steps_are_short_whatever_the_method():
+    """Prevents a first run that learns less than it could, and plain PPO in steps so short that it collapses."""
+    for method in METHODS:
+        config = preset_for("tiny", method)
+        answers = config.problems * {"mcts": 5, "none": 1, "best-of-n": config.samples}.get(method, config.samples)
+        assert 60 <= answers <= 128, method
+        assert preset_for("post", method).problems == 16
 
 
 def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
