@@ -9,7 +9,7 @@ and the trainable ones with gradients and optimiser state. On top of them comes 
 
 The activations are those of a decoder of attention and gated MLP (Llama, Qwen, Mistral, Gemma), with attention kernels
 that keep no [T, T] scores. `python -m benchmarks.memory` counts the kit's own passes on fake tensors: for the shape of
-Qwen2.5-1.5B the estimate is at most 2 % above and never below; tests/test_memory.py counts others. What only a card can
+Qwen2.5-1.5B the estimate is at most 3 % above and never below; tests/test_memory.py counts others. What only a card can
 tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
 """
 
