@@ -200,8 +200,14 @@ QWEN = dict(
     temperature=0.8,
 )  # fmt: skip
 PRESETS["tiny"] = Config(failures=False)  # the post distils failures too: half the score (README)
-# of a step of about 2,800 tokens: with longer ones all methods learn less from as many tokens (LOG.md, 2026-11-27)
-TINY_PROBLEMS = {"mcts": 12, "none": 64, "best-of-n": 8, "cispo": 4, "grpo": 4}
+# steps of 2,000 to 2,800 tokens: with longer ones all methods learn less from as many tokens (LOG.md, 2026-11-27)
+TINY_STEPS = {
+    "mcts": dict(problems=12),
+    "none": dict(problems=64),
+    "best-of-n": dict(problems=8, samples=8),
+    "cispo": dict(problems=4, samples=16),
+    "grpo": dict(problems=4, samples=16),
+}
 PRESETS["qwen1.5b"] = Config(
     preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
     clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),
@@ -234,12 +240,10 @@ def given(args: list[str], option: str, default: str) -> str:
 
 
 def preset_for(name: str, method: str) -> Config:
-    """A preset's settings, where they depend on the method."""
-    preset = PRESETS[name]
-    if method not in METHODS:  # which is told when all options are read
-        return preset
-    problems = TINY_PROBLEMS[method] if name == "tiny" else preset.problems
-    return replace(preset, search=method, problems=problems, loss="ppo" if method == "grpo" else preset.loss)
+    """A preset's settings for a method. ValueError for one that is unknown."""
+    preset = replace(PRESETS[name], search=method)
+    own = TINY_STEPS[method] if name == "tiny" else {}
+    return replace(preset, loss="ppo" if method == "grpo" else preset.loss, **own)
 
 
 def resumed(args: list[str]) -> Config:

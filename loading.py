@@ -108,7 +108,8 @@ def load_policy(
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """transformers' sdpa attention, but for one new token a row: the query heads [K * G] that share the K keys and
     values stand as G rows of one product, where transformers copies keys and values for every head."""
-    if query.shape[2] > 1:
+    masked = attention_mask is not None and attention_mask.shape[1] > 1  # head by head
+    if query.shape[2] > 1 or masked or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, K, G, dim]
     out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)

@@ -9,7 +9,7 @@ and the trainable ones with gradients and optimiser state. On top of them comes 
 
 The activations are those of a decoder of attention and gated MLP (Llama, Qwen, Mistral, Gemma), with attention kernels
 that keep no [T, T] scores. `python -m benchmarks.memory` counts the kit's own passes on fake tensors: for the shape of
-Qwen2.5-1.5B the estimate is at most 3 % above and never below; tests/test_memory.py counts others. What only a card can
+Qwen2.5-1.5B the estimate is at most 2 % above and never below; tests/test_memory.py counts others. What only a card can
 tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
 """
 
@@ -186,7 +186,7 @@ class Costs:
         over = self.config.tree.step_tokens if self.config.search == "mcts" else 0  # a step is cut after it is drawn
         length = self.context + over + BLOCK
         cache = rows * length * (self.cached + 40)  # with masks, random numbers, tokens
-        spread = rows * (length * 2 * b * (s.queries + 2) + self.forward(True))  # keys and values for all heads
+        spread = rows * (length * 4 * b + self.forward(True))
         logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
         prefill = prompted * (self.forward(bool(self.rank)) + self.cached)
         return self.kept_tokens(rows) * self.cached + max(prefill, cache + max(spread, logits))

@@ -29,6 +29,7 @@ from distill import LESSONS
 from evaluate import Score
 from guard import Guard
 from learner import follow, update
+from loading import pick_device
 from mcts import search
 from parts import draw, prepare, record
 from policy import Policy
@@ -254,7 +255,7 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     elif runs.finished(config.folder):
         print(f"{config.folder} is finished: nothing is left to do")
         return
-    if ranks.join():  # torchrun has started several processes, and this is not the first
+    if ranks.join(pick_device(config.device)):  # torchrun has started several processes, and this is not the first
         parts = prepare(config)
         return follow(parts.policy, parts.optimizer, config)
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))

@@ -29,12 +29,18 @@ Item = TypeVar("Item")
 HOW = {"disagreement_max": max, "micro_tokens": min}  # figures that are not added up
 
 
-def join() -> int:
-    """Take part, if torchrun has started this process; its rank. Only rank 0 speaks."""
+def join(device: str) -> int:
+    """Take part, if torchrun has started this process; its rank. Only rank 0 speaks. ValueError for more processes than
+    GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
-        if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():  # a GPU each
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if device == "cuda":
+            local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= cards:
+                raise ValueError(
+                    f"torchrun started more processes here than there are GPUs ({cards}): see --device cpu"
+                )
+            torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 collects
         if rank():

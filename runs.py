@@ -97,9 +97,18 @@ def identity() -> dict[str, str]:
     return versions() | {"this kit": code.hexdigest()[:12]}
 
 
+def processor() -> str:
+    """What the CPU calls itself, where that can be read, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def provenance() -> dict[str, str]:
     """Versions, machine and commit behind a run."""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    machine = f"{os.cpu_count()} cores, {processor()}"
     found = {"python": platform.python_version(), "machine": machine} | versions()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

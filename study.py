@@ -7,7 +7,7 @@
     python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py search     # search at test time against best-of-N, before and after distillation
-    python study.py chat       # on a GPU: SmolLM2-135M-Instruct after scripts/warm_up.py, four methods, two rates
+    python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
@@ -54,15 +54,16 @@ KNOBS = {
     "none": ("--problems 64", "--problems 256", "--problems 16"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
+LONG, _, SHORT = KNOBS["mcts"]
 TARGETS = {
     "mcts": {
-        **{name: f"--failures --distill {name}" for name in LESSONS if name not in ("best-path", "every-answer")},
-        **{f"{n}-right-only-short": f"--problems 12 --no-failures --distill {n}" for n in LESSONS if "path" not in n},
-        "best-path-tree-backbone": "--failures --distill best-path-tree --value-gradient",
-        "backbone": "--failures --value-gradient",
-        "exact": "--failures --reward exact",
+        **{n: f"{LONG} --failures --distill {n}" for n in LESSONS if n not in ("best-path", "every-answer")},
+        **{f"{n}-right-only-short": f"{SHORT} --no-failures --distill {n}" for n in LESSONS if "path" not in n},
+        "best-path-tree-backbone": f"{LONG} --failures --distill best-path-tree --value-gradient",
+        "backbone": f"{LONG} --failures --value-gradient",
+        "exact": f"{LONG} --failures --reward exact",
     },
-    **{method: {"exact": "--failures --reward exact"} for method in ("best-of-n", "cispo", "none")},
+    **{m: {"exact": f"{KNOBS[m][0]} --failures --reward exact"} for m in ("best-of-n", "cispo", "none")},
 }
 # not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (stage tune: the same scores)
 COMPARED = {method: (method, f"{KNOBS[method][0]} --failures") for method in ("mcts", "best-of-n", "cispo", "none")}
@@ -70,9 +71,9 @@ RIGHT_ONLY = {name: (name, "--no-failures") for name in COMPARED}
 RIGHT_ONLY["best-path-tree"] = ("mcts", "--no-failures --distill best-path-tree")
 for number, ending in (0, "right-only"), (2, "right-only-short"):
     COMPARED |= {f"{n}-{ending}": (m, f"{KNOBS[m][number]} {options}") for n, (m, options) in RIGHT_ONLY.items()}
-CHOSEN = dict.fromkeys(COMPARED, "3e-4")  # by validation mean@16 in stages rates and steps (LOG.md)
-COLLAPSED = "none-right-only-short"  # at that rate: plain PPO's short steps are those of 64 problems
-ABLATIONS = {  # of the search with right answers only, which is `mcts-right-only` of stage compare
+CHOSEN = "3e-4"  # for all of them, by validation mean@16 in stages rates and steps (LOG.md)
+COLLAPSED = "none-right-only-short"  # at that rate, 16 problems a step; its steps of 64 are as short as the others'
+ABLATIONS = {  # of `mcts-right-only-short` of stage compare
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "count", "uniform")},  # sum is the preset's
@@ -133,8 +134,8 @@ def steps(config: StudyConfig) -> Jobs:
     return tried(config, RATES, short=True)
 
 
-def tried(config: StudyConfig, rates: tuple[str, ...], short: bool) -> Jobs:
-    for (name, (method, options)), rate in product(COMPARED.items(), rates):
+def tried(config: StudyConfig, some: tuple[str, ...], short: bool) -> Jobs:
+    for (name, (method, options)), rate in product(COMPARED.items(), some):
         if name in config.methods and name.endswith("short") == short:
             options = f"--learning-rate {rate} {options} {BUDGET} {VALIDATE}"
             yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
@@ -143,20 +144,20 @@ def tried(config: StudyConfig, rates: tuple[str, ...], short: bool) -> Jobs:
 def targets(config: StudyConfig) -> Jobs:
     for method in filter(TARGETS.get, config.methods):
         for name, options in TARGETS[method].items():
-            options = f"--learning-rate {CHOSEN[method]} {KNOBS[method][0]} {options} {BUDGET} {VALIDATE}"
+            options = f"--learning-rate {CHOSEN} {options} {BUDGET} {VALIDATE}"
             yield f"{method}-{name}", f"{PROGRAMS[method]} {options}"
 
 
 def compare(config: StudyConfig) -> Jobs:
     for seed, (name, (method, options)) in product(range(1, config.seeds + 1), COMPARED.items()):
         if name in config.methods and name != COLLAPSED:
-            options = f"--seed {seed} --learning-rate {CHOSEN[name]} {options} {BUDGET} {TEST}"
+            options = f"--seed {seed} --learning-rate {CHOSEN} {options} {BUDGET} {TEST}"
             yield f"{name}-seed{seed}", f"{PROGRAMS[method]} {options}"
 
 
 def ablate(config: StudyConfig) -> Jobs:
     for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
-        options = f"--seed {seed} --learning-rate {CHOSEN['mcts']} --no-failures {options} {BUDGET} {TEST}"
+        options = f"--seed {seed} --learning-rate {CHOSEN} {SHORT} --no-failures {options} {BUDGET} {TEST}"
         yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -57,8 +58,8 @@ class Bench:
 
 
 class GenerateSampler:
-    """The peer: transformers' `generate` with its own KV cache, one call for all siblings of a prefix; `together` pads
-    all prefixes into one call, as one would for whole completions."""
+    """The peer: transformers' `generate` with its own KV cache and attention, one call for all siblings of a prefix;
+    `together` pads all prefixes into one call, as one would for whole completions."""
 
     def __init__(self, policy: Policy, together: bool):
         self.policy, self.together = policy, together
@@ -66,8 +67,10 @@ class GenerateSampler:
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
         began, rows = time.perf_counter(), []
         torch.manual_seed(seeds[0] % 2**63)
+        ours, self.policy.lm.config._attn_implementation = self.policy.lm.config._attn_implementation, "sdpa"
         for some in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
             rows += self._generate(some, n, max_tokens, temperature, stop_at_step)
+        self.policy.lm.config._attn_implementation = ours
         generated = sum(len(s.tokens) for row in rows for s in row)
         return rows, Usage(generated, sum(map(len, prefixes)), time.perf_counter() - began)
 
@@ -109,8 +112,8 @@ def floor(policy: Policy, rows: int) -> float:
     return rate / (2 * weights)
 
 
-def measure_sampling(policy: Policy, rows: int, repeats: int) -> dict:
-    """Tokens a second of whole ragged completions, and what share of the floor that is."""
+def measure_sampling(policy: Policy, rows: int, repeats: int, bound: Callable[[Policy, int], float]) -> dict:
+    """Tokens a second of whole completions, TorchSampler's, `generate`'s and those of the floor."""
     prompts = [policy.encode(problem) for problem in make_problems(rows // SIBLINGS, "train")]
 
     def rate(sampler) -> float:
@@ -119,7 +122,7 @@ def measure_sampling(policy: Policy, rows: int, repeats: int) -> dict:
 
     samplers = TorchSampler(policy, rows), GenerateSampler(policy, together=True)
     ours, peer = in_turn([lambda s=s: rate(s) for s in samplers], repeats)
-    return {"rows": rows, "ours": ours, "peer": peer, "ratio": ours / peer, "floor": floor(policy, rows)}
+    return {"rows": rows, "ours": ours, "peer": peer, "ratio": ours / peer, "floor": bound(policy, rows)}
 
 
 def measure_vllm(bench: Bench) -> dict[str, float]:
@@ -145,7 +148,7 @@ def bench_sampling(policy: Policy, bench: Bench) -> list[dict]:
     vllm, found = measure_vllm(bench), []
     print("| sampling, rows | ours, tokens/s | generate | ratio | vLLM | ratio | share of the floor |\n|" + "---|" * 7)
     for rows in bench.rows:
-        row = measure_sampling(policy, rows, bench.repeats) | {"vllm": vllm.get(str(rows))}
+        row = measure_sampling(policy, rows, bench.repeats, floor) | {"vllm": vllm.get(str(rows))}
         found.append(row)
         other = f"{row['vllm']:,.0f} | {row['ours'] / row['vllm']:.2f}" if row["vllm"] else " | "
         share = row["ours"] / row["floor"]

@@ -1,7 +1,7 @@
 """A short supervised warm-up: a chat model learns the game's format from written games, before any reinforcement.
 
     make smollm2
-    python -m scripts.warm_up models/smollm2 models/smollm2-warm      # a minute on a data-centre GPU, hours on a CPU
+    python -m scripts.warm_up models/smollm2 models/smollm2-warm      # minutes on a data-centre GPU, a day on two cores
 
 A small chat model that has never seen the format never answers in it, so neither search nor samples find anything to
 learn from. The games are pretrain.py's: random plays of training multisets, of which `on_target` state their own result
@@ -31,7 +31,7 @@ class WarmUpConfig:
     folder: tyro.conf.Positional[Path]  # to be written
     steps: int = 400
     batch: int = 128  # games a step
-    learning_rate: float = 3e-4  # AdamW, linear to 0 after a tenth of the steps
+    learning_rate: float = 3e-4  # AdamW; up in a tenth of the steps, linear to 0
     on_target: float = 0.45  # share of games that state their own result as the target
     seed: int = 0
     device: str = "auto"
@@ -50,16 +50,16 @@ def warm_up(config: WarmUpConfig) -> list[float]:
     """Writes the folder; returns the loss of each step, nats a token."""
     device = pick_device(config.device)
     policy = load_policy(config.model, device=device, train=False)
+    if policy.lora:
+        raise ValueError(f"{config.model} is an adapter: pass the folder of a whole model")
     tokenizer = policy.tokenizer
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    lesson = PretrainConfig(
-        steps=config.steps, batch=config.batch, on_target=config.on_target, early_on_target=config.on_target,
-        seed=config.seed,
-    )  # fmt: skip
+    on_target = dict(on_target=config.on_target, early_on_target=config.on_target)
+    lesson = PretrainConfig(out=config.folder, batch=config.batch, seed=config.seed, **on_target)
     losses: list[float] = []
     for step in (bar := tqdm(range(config.steps), unit="step", mininterval=5)):
-        done = step / config.steps
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, 10 * done + 1 / config.steps) * (1 - done)
+        scale = min(1.0, 10 * (step + 1) / config.steps) * (1 - step / config.steps)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * scale
         problems, texts = zip(*games(lesson, step), strict=True)
         completions = [
             ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -74,8 +74,9 @@ def warm_up(config: WarmUpConfig) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-    policy.lm.save_pretrained(config.folder, max_shard_size="1TB")
-    tokenizer.save_pretrained(config.folder)
+        if (step + 1) % 100 == 0 or step + 1 == config.steps:
+            policy.lm.save_pretrained(config.folder, max_shard_size="1TB")
+            tokenizer.save_pretrained(config.folder)
     return losses
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -41,8 +42,17 @@ def test_one_process_is_left_alone(monkeypatch):
     """Prevents another order of trajectories, so other sums, where nobody asked for ranks."""
     items = [1, 9, 5]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks.join() == 0 and ranks.world() == 1
+    assert ranks.join("cpu") == 0 and ranks.world() == 1
     assert ranks.share(items, lambda item: item) is items and ranks.broadcast(items) is items
+
+
+def test_more_processes_than_cards_is_one_line(monkeypatch):
+    """Prevents two processes on one card, and ranks that talk in different ways and wait for each other for a day."""
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"more processes here than there are GPUs \(2\)"):
+        ranks.join("cuda")
 
 
 def test_figures_of_two_ranks_are_those_of_one(monkeypatch):

@@ -95,7 +95,7 @@ def test_a_run_with_other_settings_is_not_taken_for_done(programs, monkeypatch, 
     """Prevents a table of runs that are not what study.py says they are, after one of its settings was changed."""
     start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
     shutil.rmtree("results" if where == "runs" else "runs")
-    monkeypatch.setitem(study.CHOSEN, "mcts", "1e-4")
+    monkeypatch.setattr(study, "CHOSEN", "1e-4")
     with pytest.raises(ValueError, match=f"{where}/compare/mcts-seed1 .*learning_rate 0.0003 there, 0.0001 here"):
         start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
     assert len(programs[0]) == 1
