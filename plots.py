@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 import explorer
 import runs
@@ -141,7 +141,7 @@ def search_curves(files: list[Path], axes=None):
             label=f"{name}, {one['model']}",
         )
     axes.set_xscale("log", base=4)
-    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("generated tokens a problem")
     axes.set_ylabel("test problems solved, %")
     axes.spines[["top", "right"]].set_visible(False)
