@@ -10,6 +10,8 @@ from guard import Guard
 
 RESULTS = Path(__file__).parents[1] / "results"
 COLLAPSED = {  # and the step after which they are stopped
+    "ablate/prior-count-seed1": 104,
+    "ablate/prior-uniform-seed1": 104,
     "rates/mcts-lr1e-3": 26,
     "rates/none-right-only-lr1e-3": 37,
     "steps/best-of-n-right-only-short-lr1e-3": 31,
