@@ -112,8 +112,9 @@ def test_committed_runs_are_what_the_study_asks_for():
 
 
 @pytest.mark.parametrize("stage", [stage for stage in study.STAGES if stage != "search"])
-def test_every_command_is_a_configuration(stage, monkeypatch):
+def test_every_command_is_a_configuration(stage, monkeypatch, tmp_path):
     """Prevents a study that fails in its third hour on an option, and two runs in one folder."""
+    monkeypatch.chdir(tmp_path)  # in a clone where `make run` was first, its folder is in the way
     import baselines
     import ppo
 
