@@ -87,10 +87,11 @@ def rates(device: str, side: int = 8192) -> tuple[float, float]:
 def bench_sampling(bench: Bench, model: str) -> dict:
     """The table of sampling."""
     bandwidth, flops = rates(bench.device, 8192 if bench.device == "cuda" else 512)
+    sizes = read_sizes(model, model)
+    cached = 2 * 2 * sizes.layers * sizes.keys  # bytes of a token's keys and values in bf16
 
     def floor(policy: Policy, rows: int) -> float:
-        shape, weights = policy.lm.config, sum(p.numel() for p in policy.lm.parameters())
-        cached = 2 * 2 * shape.num_hidden_layers * read_sizes(model, model).keys  # bytes of a token in bf16
+        weights = sum(p.numel() for p in policy.lm.parameters())
         context = len(policy.encode(Problem((13,) * 4, 999))) + LENGTH / 2  # in the mean
         return rows / max((2 * weights + rows * context * cached) / bandwidth, 2 * rows * weights / flops)
 

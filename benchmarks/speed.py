@@ -68,9 +68,11 @@ class GenerateSampler:
         began, rows = time.perf_counter(), []
         torch.manual_seed(seeds[0] % 2**63)
         ours, self.policy.lm.config._attn_implementation = self.policy.lm.config._attn_implementation, "sdpa"
-        for some in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
-            rows += self._generate(some, n, max_tokens, temperature, stop_at_step)
-        self.policy.lm.config._attn_implementation = ours
+        try:
+            for some in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
+                rows += self._generate(some, n, max_tokens, temperature, stop_at_step)
+        finally:  # a peer that runs out of memory must not leave its attention to the kit
+            self.policy.lm.config._attn_implementation = ours
         generated = sum(len(s.tokens) for row in rows for s in row)
         return rows, Usage(generated, sum(map(len, prefixes)), time.perf_counter() - began)
 

@@ -83,7 +83,7 @@ def test_gradients_are_the_cpus(qwen, problems, rank):
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_a_run_learns_is_resumed_and_tells_its_memory(tiny_config, tmp_path, method):
+def test_a_run_learns_is_resumed_and_tells_its_memory(tiny_config, method):
     """Prevents a run that fails in its first step on a GPU, or can't go on after it."""
     config = tiny_config(
         search=method,
