@@ -71,6 +71,11 @@ def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[s
     return found
 
 
+def collapsed(run: RUN) -> bool:
+    """Whether guard.py has stopped it."""
+    return bool(run[1]) and "stopped" in run[1][-1]
+
+
 def along(rows: list[dict], x: str) -> list[float]:
     """How far a run was at each row. CPU seconds are a step's own (0 throughout where they were not recorded)."""
     if x == "cpu_seconds":
@@ -174,23 +179,32 @@ def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
 
 def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
     """The runs of the search that a row is held against: with the same settings, or with as many of the last of them
-    as there are; for a search with fewer."""
+    as there are; for a search with fewer. None if there is none that was tested on the same problems."""
     method, *changed = name.split(", ")
     names = (", ".join(["mcts", *changed[i:]]) for i in range(method == "mcts", len(changed) + 1))
-    return next((found[name] for name in names if name in found), None)
+    like = next((found[name] for name in names if found.get(name)), None)
+    return like if like and like[0][0].get("split") == found[name][0][0].get("split") else None
 
 
 def summary_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
-    `search_like` it, and cost. CPU time is of training alone, where it was recorded."""
-    found = finished(by_method(folders), "test_right")
+    `search_like` it on the same problems, and cost. CPU time is of training alone, where it was recorded. Seeds that
+    were stopped because they had collapsed are counted and nothing more."""
+    every = by_method(folders)
+    found = finished({name: [run for run in some if not collapsed(run)] for name, some in every.items()}, "test_right")
     k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
-    (k,) = k
-    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
+    lines = [
+        "| method | seeds | mean@{0} | less search's | pass@{0} | format | tokens | steps | CPU |".format(*k or "k")
+    ]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
+        counts = len(some), len(every[name]) - len(some)
+        seeds = ", ".join(f"{n}{which}" for n, which in zip(counts, ("", " collapsed")) if n)
+        if not some:
+            lines.append(f"| {name} | {seeds} |" + " – |" * 7)
+            continue
         scores, passed = scores_of(some), scores_of(some, passed=True)
         search = search_like(name, found)
         rival = scores_of(search) if search else None
@@ -202,7 +216,7 @@ def summary_table(folders: list[Path]) -> str:
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
-            f"| {name} | {len(some)} | **{mean}** | {less} | {share} | {parsed:.0%} "
+            f"| {name} | {seeds} | **{mean}** | {less} | {share} | {parsed:.0%} "
             f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
@@ -270,7 +284,7 @@ def validation_table(folders: list[Path]) -> str:
     found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if rows and "stopped" in rows[-1]:
+        if collapsed((config, rows)):
             tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
             stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
         elif evaluated := [row for row in rows if "eval_mean" in row]:

@@ -103,6 +103,27 @@ def test_a_summary_has_a_row_a_method(folders):
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
 
 
+def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
+    """Prevents a setting that loses two seeds of three from looking like its lucky one, or from going unmentioned."""
+    finish(folders[0], [16, 8, 0, 8])
+    lines = (folders[1] / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    stopped = json.dumps(json.loads(lines[-1]) | {"stopped": "collapsed"}) + "\n"
+    (folders[1] / "metrics.jsonl").write_text("".join([*lines[:2], stopped]))
+    (row,) = plots.summary_table(folders).splitlines()[2:]
+    assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
+    (folders[1] / "config.json").write_text(json.dumps({"search": "mcts", "seed": 1, "distill": "steps"}))
+    _, row = plots.summary_table(folders).splitlines()[2:]
+    assert row == "| mcts, distill steps | 1 collapsed |" + " – |" * 7
+
+
+def test_scores_on_other_problems_are_not_subtracted(folders):
+    """Prevents the post's test problems, of which the training set has most, from being paired with ours."""
+    finish(folders[0], [16, 8, 0, 8], split="multiset")
+    finish(folders[1], [16, 8, 0, 8], split="post")
+    _, leaking = plots.summary_table(folders).splitlines()[2:]
+    assert leaking.startswith("| mcts, split post | 1 | **50.0% [") and "%]** | – |" in leaking
+
+
 def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, and two policies that look
     alike."""
