@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mcts import Node, SearchConfig, Tree, gumbel_scores
+from mcts import Node, SearchConfig, Tree, child_statistics, gumbel_scores
 
 
 @dataclass
@@ -42,11 +42,11 @@ def best_path(tree: Tree, config: SearchConfig) -> Node | None:
     node = tree.root
     while node.children:
         children = [child for child in node.children if id(child) in answered]
-        best = max(children, key=lambda child: (child.visits, child.q))
-        if config.selection == "gumbel" and node.parent is None:
-            scores = dict(zip(map(id, node.children), gumbel_scores(node, config), strict=True))
-            best = max(children, key=lambda child: (child.visits, scores[id(child)]))
-        node = best
+        q, prior, visits = child_statistics(node, config)
+        halved = config.selection == "gumbel" and node.parent is None
+        scores = gumbel_scores(node, q, prior, visits) if halved else q
+        ties = dict(zip(map(id, node.children), scores, strict=True))
+        node = max(children, key=lambda child: (child.visits, ties[id(child)]))
     return node
 
 

@@ -7,7 +7,10 @@ The loss of a trajectory with reward R, averaged over its tokens (the post):
 
 Deviations from the post: the ratio uses the log-probabilities recorded while sampling (recomputed ones make it 1, and
 the clip inert); trainable weights and optimiser state are fp32; the value loss does not reach the backbone unless
-asked. How far sampler and trainer are apart is measured at every step, on that step's own samples.
+asked; the gradients of model and value head are clipped apart, so that a critic that is far off does not shorten the
+policy's step. What teaches the critic alone (wrong answers, with --no-failures) is not run through the vocabulary
+head, and moves no weight of the model. How far sampler and trainer are apart is measured at every step, on that step's
+own samples.
 """
 
 import math
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 import ranks
 from config import Config
-from policy import Policy, batches
+from policy import Batch, Policy, batches
 from runs import Stopped
 from sampling import Trajectory
 
@@ -68,6 +71,8 @@ def token_weights(mask: Tensor, how: str, lengths: list[int]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ updating
 
+NORMS = ("gradient_norm", "value_gradient_norm")  # of the optimiser's groups: the model's weights, the value head's
+
 
 def update(
     policy: Policy,
@@ -76,14 +81,17 @@ def update(
     config: Config,
     micro_tokens: int = 0,
 ) -> dict[str, float]:
-    """`inner_steps` optimiser steps on the trajectories. Returns the last one's means over tokens; how far the
-    sampler's log-probabilities were from the trainer's before the first (`disagreement_mean`, `disagreement_max`);
-    and the tokens of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out.
-    Stopped, before weights and optimiser are touched, where loss or gradient isn't finite."""
+    """`inner_steps` optimiser steps on the trajectories. Returns the last one's averages, as `config.normalize` names
+    them, over what the policy learns from (`value_loss`: the critic); the norms of the gradients; how far the sampler's
+    log-probabilities were from the trainer's before the first (`disagreement_mean`, `disagreement_max`); and the tokens
+    of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out. Stopped, before weights and
+    optimiser are touched, where loss or gradient isn't finite."""
+    if len({t.advantages is None for t in trajectories}) > 1 or len({t.returns is None for t in trajectories}) > 1:
+        raise ValueError("a step's trajectories must all have advantages, or none, and so with returns")
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
     ranks.tell((trajectories, [group["lr"] for group in optimizer.param_groups], micro_tokens))
     if config.old_logprobs != "recorded":
-        recompute(policy, trajectories, config, micro_tokens)
+        recompute(policy, [t for t in trajectories if not t.critic_only], config, micro_tokens)
     for _ in range(config.inner_steps):
         before = sums
         sums, micro_tokens = gradients_that_fit(policy, optimizer, trajectories, config, micro_tokens)
@@ -91,14 +99,16 @@ def update(
         sums = ranks.add_up(trained, sums | {"micro_tokens": micro_tokens})
         micro_tokens = sums["micro_tokens"]
         if before:  # the weights have moved since they were sampled from
-            sums |= {key: before[key] for key in ("disagreement_mean", "disagreement_max")}
-        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient).item()
-        for name in ("policy_loss", "value_loss", "kl", "gradient_norm"):
+            sums |= {key: before[key] for key in before if key.startswith("disagreement")}
+        for name, group in zip(NORMS, optimizer.param_groups, strict=True):
+            if any(parameter.grad is not None for parameter in group["params"]):
+                sums[name] = torch.nn.utils.clip_grad_norm_(group["params"], config.clip_gradient).item()
+        for name in ("policy_loss", "value_loss", "kl", *NORMS):
             if not math.isfinite(sums.get(name, 0.0)):
                 raise Stopped(f"{name} is {sums[name]} in update {policy.version + 1}, which was not made")
         optimizer.step()
     policy.version += 1
-    if not sums["disagreement_mean"] <= config.max_disagreement:  # NaN warns too
+    if not sums.get("disagreement_mean", 0.0) <= config.max_disagreement:  # NaN warns too
         tqdm.write(
             f"warning: sampler and trainer differ by {sums['disagreement_mean']:.3f} nats a token (mean, above "
             f"{config.max_disagreement}): see --old-logprobs truncated, or --sampler torch"
@@ -137,14 +147,17 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
     loss's parts."""
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
-    furthest = [torch.zeros((), device=policy.device)]
-    for group in micro_batches(ranks.share(trajectories, length), micro_tokens):
-        loss, means, far = batch_loss(policy, group, config, trajectories)
-        loss.backward()
-        furthest.append(far)
-        for key, value in means.items():
-            sums[key] = sums.get(key, 0.0) + value.item()
-    return sums | {"disagreement_max": torch.stack(furthest).max().item()}
+    furthest: list[Tensor] = []
+    taught = [t for t in trajectories if not t.critic_only]
+    judged = [t for t in trajectories if t.critic_only and t.teaches_critic]
+    for some, loss_of in (taught, batch_loss), (judged, critic_batch_loss):
+        for group in micro_batches(ranks.share(some, length), micro_tokens):
+            loss, means = loss_of(policy, group, config, trajectories)
+            loss.backward()
+            furthest += [means.pop("disagreement_max")] if "disagreement_max" in means else []
+            for key, value in means.items():
+                sums[key] = sums.get(key, 0.0) + value.item()
+    return sums | ({"disagreement_max": torch.stack(furthest).max().item()} if furthest else {})
 
 
 def length(trajectory: Trajectory) -> int:
@@ -166,63 +179,83 @@ def right_align(rows: list[list[float]], width: int, device: torch.device) -> Te
 def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> None:
     """Give each trajectory of this rank's share the trainer's own log-probabilities before the update."""
     for group in micro_batches(ranks.share(trajectories, length), micro_tokens):
-        batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
-        logprobs, _, _ = policy.logprobs_and_values(batch, config.temperature, critic=False)  # [B, T]
+        logprobs, _, _ = policy.logprobs_and_values(batch_of(policy, group), config.temperature, critic=False)  # [B, T]
         for trajectory, row in zip(group, logprobs.tolist(), strict=True):
             trajectory.trainer_logprobs = row[len(row) - len(trajectory.completion) :]
 
 
-def batch_loss(
-    policy: Policy, group: list[Trajectory], config: Config, step: list[Trajectory]
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The share of the loss of `step` that falls on `group`, one of its micro-batches; the loss's parts, and
-    max |log pi - log pi_sampler|."""
-    batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
+def batch_of(policy: Policy, group: list[Trajectory]) -> Batch:
+    return policy.batch([t.prompt for t in group], [t.completion for t in group])
+
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts, for the metrics
+
+
+def batch_loss(policy: Policy, group: list[Trajectory], config: Config, step: list[Trajectory]) -> Loss:
+    """The share of the loss of `step` that falls on `group`, one of its micro-batches that teach the policy, and the
+    critic too where that learns."""
+    batch = batch_of(policy, group)
     mask, width = batch.completion, batch.completion.shape[1]
-    recorded = right_align([t.logprobs for t in group], width, policy.device)  # [B, T]
-    old = recorded
+    recorded = old = right_align([t.logprobs for t in group], width, policy.device)  # [B, T]
     if config.old_logprobs != "recorded":
         old = right_align([t.trainer_logprobs for t in group], width, policy.device)  # [B, T]
-    reward = torch.tensor([t.reward.value for t in group], device=policy.device)  # [B]
-    taught = torch.tensor([[not t.critic_only] for t in group], device=policy.device)  # [B, 1]
-    lengths, policy_lengths = ([len(t.completion) for t in step if all or not t.critic_only] for all in (True, False))
-    critic_weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over the step
-    weights = token_weights(mask * taught, config.normalize, policy_lengths)  # [B, T], the same
+    lengths = [len(t.completion) for t in step if not t.critic_only]
+    weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over what teaches the policy
 
-    critic = group[0].advantages is None or group[0].returns is not None  # whether anything asks for V, or teaches it
+    critic = group[0].teaches_critic
     logprobs, values, entropy = policy.logprobs_and_values(
         batch, config.temperature, config.value_gradient, critic
     )  # [B, T]
-    if group[0].advantages is None:
-        advantage = gae(reward, values.detach(), mask, config.gae_lambda)
-        target = advantage + values.detach()
-    else:  # a group method fixed them, and trains no critic
-        advantage, target = right_align([t.advantages for t in group], width, policy.device), values.detach()
-    if group[0].returns is not None:  # a tree knows better
-        target = right_align([t.returns for t in group], width, policy.device)
-    value_loss = (values - target) ** 2
+    advantage, value_loss = advantages_and_value_loss(values, mask, group, config, step)
     if config.loss == "cispo":
         policy_loss = cispo_loss(logprobs, old, advantage, config.clip_high)
     else:
         policy_loss = ppo_loss(logprobs, old, advantage, config.clip_ppo)
     if config.old_logprobs == "truncated":  # truncated importance sampling (Yao et al. 2025)
         policy_loss = policy_loss * (old - recorded).exp().clamp(max=config.importance_cap)
-    disagreement = ((logprobs - recorded) * mask).detach().abs()  # [B, T]
-    parts = {"policy_loss": policy_loss, "entropy": entropy}
-    parts["ratio"] = (logprobs - old).exp().detach()
+    parts = {"policy_loss": policy_loss, "entropy": entropy, "ratio": (logprobs - old).exp()}  # [B, T]
     total = policy_loss
     if config.kl_coefficient:
         parts["kl"] = kl_k3(logprobs, policy.reference_logprobs(batch, config.temperature))
         total = total + config.kl_coefficient * parts["kl"]
-    value_loss = (value_loss * critic_weights).sum()
     means = {name: (part.detach() * weights).sum() for name, part in parts.items()}
-    means["value_loss"] = value_loss.detach()
-    means["disagreement_mean"] = disagreement.sum() / sum(lengths)
-    return (total * weights).sum() + config.value_coefficient * value_loss, means, disagreement.max()
+    disagreement = ((logprobs - recorded) * mask).detach().abs()  # [B, T]
+    means |= {"disagreement_mean": disagreement.sum() / sum(lengths), "disagreement_max": disagreement.max()}
+    means |= {"value_loss": value_loss.detach()} if critic else {}
+    return (total * weights).sum() + config.value_coefficient * value_loss, means
+
+
+def critic_batch_loss(policy: Policy, group: list[Trajectory], config: Config, step: list[Trajectory]) -> Loss:
+    """The same of a micro-batch that teaches the critic alone."""
+    batch = batch_of(policy, group)
+    values = policy.state_values(batch, config.value_gradient)  # [B, T]
+    _, value_loss = advantages_and_value_loss(values, batch.completion, group, config, step)
+    return config.value_coefficient * value_loss, {"value_loss": value_loss.detach()}
+
+
+def advantages_and_value_loss(
+    values: Tensor, mask: Tensor, group: list[Trajectory], config: Config, step: list[Trajectory]
+) -> tuple[Tensor, Tensor]:
+    """A_t [B, T], from the critic or fixed by the method, and the share of (V(s_t) - target)^2, averaged over what
+    teaches the critic in `step`, that falls on `group`: 0 if that fixed its advantages and has no target. values, mask:
+    [B, T]."""
+    width, device = values.shape[1], values.device
+    if group[0].advantages is None:
+        reward = torch.tensor([t.reward.value for t in group], device=device)  # [B]
+        advantage = gae(reward, values.detach(), mask, config.gae_lambda)
+        target = advantage + values.detach()
+    else:  # a group method fixed them, and trains no critic
+        advantage, target = right_align([t.advantages for t in group], width, device), values.detach()
+    if group[0].returns is not None:  # a tree knows better
+        target = right_align([t.returns for t in group], width, device)
+    lengths = [len(t.completion) for t in step if t.teaches_critic]
+    weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over what teaches the critic
+    return advantage, ((values - target) ** 2 * weights).sum()
 
 
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights of the model and, with a rate of its own, the value head."""
+    """AdamW over the trainable weights of the model and, with a rate of its own, the value head. What has no gradient
+    in a step does not move in it, momentum or not."""
     groups = [
         {"params": [p for p in policy.lm.parameters() if p.requires_grad], "peak": config.learning_rate},
         {"params": list(policy.value_head.parameters()), "peak": config.value_learning_rate},

@@ -5,7 +5,7 @@ move together in waves:
 
     select    every tree walks down to up to `workers` leaves, kept apart by virtual loss
     expand    one sampler call draws K steps for every leaf of every tree
-    evaluate  one critic call values the new leaves, V(s) in [-1, 1]; terminal nodes get the verifier's reward instead
+    evaluate  one critic call values those leaves, V(s) in [-1, 1]; terminal nodes get the verifier's reward instead
     backup    visits and values flow back to the roots
 
 Equation (Silver et al. 2017, AlphaGo Zero, with c * sqrt(N) as in the post):
@@ -20,6 +20,7 @@ a leaf is counted once, a terminal node is never expanded nor given to the criti
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class SearchConfig:
     selection: str = "puct"  # puct, uct, gumbel (sequential halving at the root, improved policy below)
     prior: str = "mean"  # mean, sum, count, uniform
     unvisited: str = "parent"  # value of an unvisited child: parent, zero
-    virtual_loss: str = "value"  # value, visit
+    virtual_loss: str = "value"  # value, visit (where Q < 0 a wave has little more than one leaf a tree)
     temperature: float = 1.0  # at which steps are sampled
     step_tokens: int = 64  # an edge's tokens at most
     max_tokens: int = 512  # a completion's tokens at most; a node at the cap is terminal
@@ -57,6 +58,8 @@ class SearchConfig:
         check(self, "at least", 0, "c_puct token_budget")
         check(self, "above", 0, "temperature")
         check_choices(self, selection=SELECTIONS, prior=PRIORS, unvisited=UNVISITED, virtual_loss=VIRTUAL_LOSSES)
+        if self.selection == "gumbel" and self.token_budget:
+            raise ValueError("sequential halving plans its simulations: gumbel takes no token_budget")
 
 
 @dataclass(eq=False)
@@ -99,17 +102,20 @@ class Tree:
     prompt: list[int]
     rng: np.random.Generator  # decides the samples of this tree alone
     root: Node = field(default_factory=Node)
-    simulations: int = 0
     expansions: int = 0
     generated: int = 0  # tokens sampled
     merged: int = 0  # sampled steps that repeated a sibling
 
     def room(self, config: SearchConfig) -> int:
         """The simulations that the next wave may do: no more than workers, simulations and token budget allow."""
-        room = min(config.workers, config.simulations - self.simulations)
+        room = min(config.workers, config.simulations - self.root.visits)
         if config.token_budget and self.expansions:
             room = min(room, int((config.token_budget - self.generated) * self.expansions / max(self.generated, 1)))
         return max(room, 0)
+
+    def state(self, node: Node) -> list[int]:
+        """The tokens from the prompt's first to the node's last."""
+        return self.prompt + node.completion()
 
     def nodes(self) -> list[Node]:
         found = [self.root]
@@ -134,6 +140,8 @@ class Tree:
             "solved": float(any(node.reward.correct for node in answers)),
         }
 
+
+Leaves = list[tuple[Tree, Node]]  # what a wave has selected, each with its tree
 
 # ------------------------------------------------------------------------------------------------ select
 
@@ -164,8 +172,10 @@ def choose_child(node: Node, config: SearchConfig) -> Node:
     """The child that a simulation descends to."""
     q, prior, visits = child_statistics(node, config)
     parent_visits = node.visits + node.pending
-    if config.selection == "gumbel":
-        scores = gumbel_inner(node, q, prior, visits) if node.parent else gumbel_root(node, visits, config)
+    if config.selection == "gumbel" and node.parent is None:
+        scores = gumbel_root(node, q, prior, visits, config.simulations)
+    elif config.selection == "gumbel":
+        scores = gumbel_inner(node, q, prior, visits)
     elif config.selection == "uct":
         scores = uct(q, visits, parent_visits, config.c_puct)
     else:
@@ -195,6 +205,7 @@ def completed_q(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray
     return (GUMBEL_VISITS + visits.max(initial=0)) * GUMBEL_SCALE * q
 
 
+@cache
 def considered_visits(actions: int, simulations: int) -> list[int]:
     """Sequential halving (Danihelka et al. 2022, as in mctx `get_sequence_of_considered_visits`): the visit count
     that the child chosen at each simulation must have."""
@@ -210,18 +221,17 @@ def considered_visits(actions: int, simulations: int) -> list[int]:
     return sequence[:simulations]
 
 
-def gumbel_scores(node: Node, config: SearchConfig) -> np.ndarray:
+def gumbel_scores(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray) -> np.ndarray:
     """g(a) + log P(a) + sigma(completed Q) of the root's children. [K]"""
-    q, prior, visits = child_statistics(node, config)
     gumbel = np.array([child.gumbel for child in node.children])
     return gumbel + np.log(np.maximum(prior, 1e-9)) + completed_q(node, q, prior, visits)
 
 
-def gumbel_root(node: Node, visits: np.ndarray, config: SearchConfig) -> np.ndarray:
+def gumbel_root(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray, simulations: int) -> np.ndarray:
     """Sequential halving: the best score among the children with the visit count whose turn it is. [K]"""
-    turns = considered_visits(len(visits), max(config.simulations - 1, 1))
+    turns = considered_visits(len(visits), max(simulations - 1, 1))
     turn = turns[min(int(visits.sum()), len(turns) - 1)]
-    return np.where(visits == turn, gumbel_scores(node, config), -np.inf)
+    return np.where(visits == turn, gumbel_scores(node, q, prior, visits), -np.inf)
 
 
 def gumbel_inner(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray) -> np.ndarray:
@@ -246,7 +256,24 @@ def priors(children: list[Node], how: str) -> np.ndarray:
     return weights / weights.sum()
 
 
-def expand(tree: Tree, node: Node, samples: list[Sample], config: SearchConfig) -> None:
+def expand(leaves: Leaves, sampler: Sampler, config: SearchConfig) -> Usage:
+    """Sample K steps for each leaf that is no answer yet, all in one call."""
+    fresh = [(tree, leaf) for tree, leaf in leaves if not leaf.ended]
+    if not fresh:
+        return Usage()
+    states = [tree.state(leaf) for tree, leaf in fresh]
+    seeds = [int(tree.rng.integers(2**63)) for tree, _ in fresh]
+    drawn, usage = sampler.sample(
+        states, config.children, seeds, config.step_tokens, config.temperature, stop_at_step=True
+    )
+    for (tree, leaf), samples in zip(fresh, drawn, strict=True):
+        tree.expansions += 1
+        tree.generated += sum(len(sample.tokens) for sample in samples)
+        hang(tree, leaf, samples, config)
+    return usage
+
+
+def hang(tree: Tree, node: Node, samples: list[Sample], config: SearchConfig) -> None:
     """Hang the sampled steps below `node`, identical ones merged. A node that gets no step ends here."""
     children: dict[tuple[int, ...], Node] = {}
     room = config.max_tokens - node.length
@@ -272,7 +299,21 @@ def expand(tree: Tree, node: Node, samples: list[Sample], config: SearchConfig) 
             child.gumbel = float(tree.rng.gumbel())
 
 
-# ------------------------------------------------------------------------------------------------ backup
+# ------------------------------------------------------------------------------------------------ evaluate, backup
+
+
+def evaluate(leaves: Leaves, critic, grade) -> Usage:
+    """Value each leaf: an ended answer by the verifier, once; the others by the critic, all in one call."""
+    fresh, usage = [(tree, leaf) for tree, leaf in leaves if not leaf.ended], Usage()
+    if fresh:
+        values, usage = critic([tree.state(leaf) for tree, leaf in fresh])
+        for (_, leaf), value in zip(fresh, values, strict=True):
+            leaf.value = value
+    for tree, leaf in leaves:
+        if leaf.ended and leaf.reward is None:
+            leaf.reward = grade(tree.problem, leaf.completion())
+            leaf.value = leaf.reward.value
+    return usage
 
 
 def backup(leaf: Node, value: float) -> None:
@@ -308,44 +349,21 @@ def search(
 
 def wave(trees: list[Tree], sampler, critic, grade, config: SearchConfig) -> Usage:
     """One wave over all trees. Whatever happens in it, no virtual visit stays behind."""
-    selected: list[tuple[Tree, Node]] = []
+    selected: Leaves = []
     try:
         for tree in trees:
             for _ in range(tree.room(config)):
                 leaf = select(tree, config)
-                if leaf.pending and not leaf.ended:  # already taken in this wave: the tree has no other leaf to offer
+                if leaf.pending and not leaf.ended:  # already taken in this wave, and still the most attractive
                     break
                 for node in leaf.path():
                     node.pending += 1
                 selected.append((tree, leaf))
-        return visit(selected, sampler, critic, grade, config)
+        usage = expand(selected, sampler, config) + evaluate(selected, critic, grade)
+        for _, leaf in selected:
+            backup(leaf, leaf.value)
+        return usage
     finally:
         for _, leaf in selected:
             for node in leaf.path():
                 node.pending -= 1
-
-
-def visit(selected: list[tuple[Tree, Node]], sampler, critic, grade, config: SearchConfig) -> Usage:
-    """Expand, evaluate and back up the selected leaves."""
-    fresh = [(tree, node) for tree, node in selected if not node.ended]
-    usage = Usage()
-    if fresh:
-        states = [tree.prompt + node.completion() for tree, node in fresh]
-        seeds = [int(tree.rng.integers(2**63)) for tree, _ in fresh]
-        drawn, usage = sampler.sample(
-            states, config.children, seeds, config.step_tokens, config.temperature, stop_at_step=True
-        )
-        values, read = critic(states)
-        usage += read
-        for (tree, node), samples, value in zip(fresh, drawn, values, strict=True):
-            tree.expansions += 1
-            tree.generated += sum(len(sample.tokens) for sample in samples)
-            expand(tree, node, samples, config)
-            node.value = value
-    for tree, node in selected:
-        if node.ended and node.reward is None:
-            node.reward = grade(tree.problem, node.completion())
-            node.value = node.reward.value
-        backup(node, node.value)
-        tree.simulations += 1
-    return usage

@@ -10,7 +10,7 @@ left out), fp32 trainable weights instead of bf16, and a value head whose gradie
 """
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,11 +114,10 @@ class Policy(nn.Module):
 
     # -------------------------------------------------------------------------------------------- forward passes
 
-    def hidden(self, ids: Tensor, attention: Tensor, reference: bool = False, **cache):
+    def hidden(self, ids: Tensor, attention: Tensor, **cache):
         """The backbone's output, hidden states [B, L, H] first; positions follow the attention mask."""
         positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, L]
-        lm = self.reference if reference and not self.lora else self.base
-        return lm.model(input_ids=ids, attention_mask=attention, position_ids=positions, **cache)
+        return self.base.model(input_ids=ids, attention_mask=attention, position_ids=positions, **cache)
 
     @contextmanager
     def recomputing(self):
@@ -135,17 +134,18 @@ class Policy(nn.Module):
 
     @contextmanager
     def as_reference(self):
-        """Inside, `self.lm` is the frozen reference where that is the same model with its adapter off."""
-        if not self.lora:
-            yield
-        else:
-            with self.lm.disable_adapter():
+        """Inside, `self.lm` is the frozen initial model: its adapter off, or the copy in its place."""
+        trained = self.lm
+        try:
+            self.lm = trained if self.lora else self.reference
+            with trained.disable_adapter() if self.lora else nullcontext():
                 yield
+        finally:
+            self.lm = trained
 
-    def head(self, hidden: Tensor, reference: bool = False) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 from hidden states [..., H]."""
-        lm = self.reference if reference and not self.lora else self.lm
-        return lm.get_output_embeddings()(hidden).float()
+        return self.lm.get_output_embeddings()(hidden).float()
 
     @torch.no_grad()
     def values(self, states: list[list[int]]) -> list[float]:
@@ -184,13 +184,19 @@ class Policy(nn.Module):
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """log pi_ref(a_t | s_t) [B, T] of the frozen initial model."""
         with self.as_reference():
-            targets, hidden = self._states(batch, reference=True)
-            return chunked_logprobs(lambda h: self.head(h, reference=True), hidden, targets, temperature)[0]
+            targets, hidden = self._states(batch)
+            return chunked_logprobs(self.head, hidden, targets, temperature)[0]
 
-    def _states(self, batch: Batch, reference: bool = False) -> tuple[Tensor, Tensor]:
+    def state_values(self, batch: Batch, value_gradient: bool = False) -> Tensor:
+        """V(s_t) [B, T] alone, without the vocabulary head; its gradient stops at the backbone by default."""
+        with self.recomputing(), torch.set_grad_enabled(value_gradient):
+            _, hidden = self._states(batch)
+        return self.value_head(hidden)
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The completion's tokens [B, T] and the hidden states they were predicted from [B, T, H]."""
         width = batch.completion.shape[1]
-        hidden = self.hidden(batch.ids, batch.attention, reference, use_cache=False).last_hidden_state
+        hidden = self.hidden(batch.ids, batch.attention, use_cache=False).last_hidden_state
         return batch.ids[:, -width:], hidden[:, -width - 1 : -1]
 
     # -------------------------------------------------------------------------------------------- weights

@@ -82,6 +82,13 @@ def broadcast(message: object = None) -> object:
     return box[0]
 
 
+def gather(message: Item) -> list[Item]:
+    """Every rank's message, on all ranks."""
+    found = [message] * world()
+    dist.all_gather_object(found, message)
+    return found
+
+
 def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Rank 0's weights and optimiser state, on all ranks."""
     if world() == 1:
@@ -96,14 +103,15 @@ def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[str, float]:
-    """Sum the gradients over ranks, in place, and the figures, but for those in HOW."""
+    """Sum the gradients over ranks, in place, and the figures, but for those in HOW. A weight that no rank has a
+    gradient of gets none."""
     if world() == 1:
         return figures
-    for parameter in parameters:
-        if parameter.grad is None:  # this rank had no share
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-    found: list[dict] = [{}] * world()
-    dist.all_gather_object(found, figures)
+    for parameter, moved in zip(parameters, zip(*gather([p.grad is not None for p in parameters]))):
+        if any(moved):
+            if parameter.grad is None:  # this rank had no share
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+    found = gather(figures)
     names = dict.fromkeys(name for one in found for name in one)
     return {name: HOW.get(name, sum)([one[name] for one in found if name in one]) for name in names}

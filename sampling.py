@@ -63,6 +63,10 @@ class Trajectory:
     critic_only: bool = False  # teaches the critic what a state is worth, and the policy nothing
     trainer_logprobs: list[float] | None = None  # of the trainer before the update, where it recomputes them
 
+    @property
+    def teaches_critic(self) -> bool:
+        return self.advantages is None or self.returns is not None
+
 
 class Sampler(Protocol):
     def sample(

@@ -49,7 +49,7 @@ def measure(policy: Policy, trees: int, config: SearchConfig, repeats: int) -> d
         return search(problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems))))
 
     seconds, (searched, usage) = timed(work, repeats)
-    done = sum(tree.simulations for tree in searched)
+    done = sum(tree.root.visits for tree in searched)
     expanded = sum(tree.expansions for tree in searched) / done
     cost = 1000 * seconds
     return {

@@ -55,6 +55,7 @@ ppo.py --gpu-memory 0.1                                 | GB of GPU memory and h
 ppo.py --gae-lambda 1.5                                 | gae_lambda must be at most 1
 ppo.py --gae-lambda nan                                 | gae_lambda must be a finite number
 ppo.py --temperature 0                                  | temperature must be above 0
+ppo.py --tree.selection gumbel --tree.token-budget 99   | gumbel takes no token_budget
 ppo.py --clip-gradient 0                                | clip_gradient must be above 0
 ppo.py --importance-cap 0                               | importance_cap must be above 0
 ppo.py --max-disagreement 0                             | max_disagreement must be above 0

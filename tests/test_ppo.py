@@ -109,11 +109,14 @@ def toy(monkeypatch):
 TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 STEP = {"step", "generated", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
 STEP |= {"identical", "wrong_reward"}
-STEP |= {"policy_loss", "value_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
+STEP |= {"policy_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
 STEP |= {"disagreement_mean", "disagreement_max", "micro_tokens"}
 EVAL = {"eval_mean", "eval_pass", "eval_reward", "eval_parsed", "eval_k"}
 METHOD = {"best-of-n": {"solved"}, "cispo": {"sample_reward", "solved"}, "grpo": {"sample_reward", "solved"}}
-METHOD["mcts"] = {f"tree_{key}" for key in "visits nodes merged depth root_q root_value answers solved".split()}
+METHOD |= {
+    name: METHOD.get(name, set()) | {"value_loss", "value_gradient_norm"} for name in ("best-of-n", "mcts", "none")
+}
+METHOD["mcts"] |= {f"tree_{key}" for key in "visits nodes merged depth root_q root_value answers solved".split()}
 
 
 def weights(folder):
