@@ -1,10 +1,8 @@
 """The study: every run behind a published figure, from one table of settings.
 
-    python study.py tune       # each method's learning rate and main knob: 3 x 2 settings, 0.3 M tokens, validation
-    python study.py rates      # the two higher rates with the budget of the comparison: 1 M tokens, validation
-    python study.py steps      # short steps, so more of them, at three rates, right answers only, validation
-    python study.py targets    # what a tree may teach (distill.py), which reward, the same budget, validation
-    python study.py compare    # with all answers and with right ones only, on the test problems, seeds from 1 on
+    python study.py tune       # each method at three rates, its step's tokens spent in two ways, validation
+    python study.py compare    # the methods, on the test problems, seeds from 1 on
+    python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
@@ -34,58 +32,36 @@ from checks import check
 from config import differences, parse
 from distill import LESSONS
 
-PROGRAMS = {
-    "mcts": "ppo.py --search mcts",
-    "best-of-n": "baselines.py --method best-of-n",
-    "cispo": "baselines.py --method cispo",
-    "grpo": "baselines.py --method grpo",
-    "none": "ppo.py --search none",
-}
-# each method's main knob, how it spends its tokens; the last makes steps short: 2,000 to 2,800 tokens, plain PPO's 700
-KNOBS = {
-    "mcts": (
-        "--problems 64 --tree.children 2 --tree.simulations 32",
-        "--tree.children 4 --tree.simulations 64 --problems 32",
-        "--tree.children 2 --tree.simulations 32 --problems 12",
-    ),
-    "best-of-n": ("--problems 64 --samples 8", "--problems 64 --samples 32", "--problems 8 --samples 8"),
-    "cispo": ("--problems 16 --samples 16", "--problems 32 --samples 8", "--problems 4 --samples 16"),
-    "grpo": ("--problems 16 --samples 16", "--problems 32 --samples 8"),
-    "none": ("--problems 64", "--problems 256", "--problems 16"),
+# how a method is run, and besides the preset's another way to spend a step's 2,000 to 3,000 tokens. Not GRPO: with one
+# update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
+METHODS = {
+    "mcts": ("ppo.py --search mcts", "--problems 4 --tree.children 4 --tree.simulations 64"),
+    "best-of-n": ("baselines.py --method best-of-n", "--problems 4 --samples 16"),
+    "cispo": ("baselines.py --method cispo", "--problems 8 --samples 8"),
+    "none": ("ppo.py --search none", "--problems 16"),
 }
 RATES = ("1e-4", "3e-4", "1e-3")
-LONG, _, SHORT = KNOBS["mcts"]
 TARGETS = {
-    "mcts": {
-        **{n: f"{LONG} --failures --distill {n}" for n in LESSONS if n not in ("best-path", "every-answer")},
-        **{f"{n}-right-only-short": f"{SHORT} --no-failures --distill {n}" for n in LESSONS if "path" not in n},
-        "best-path-tree-backbone": f"{LONG} --failures --distill best-path-tree --value-gradient",
-        "backbone": f"{LONG} --failures --value-gradient",
-        "exact": f"{LONG} --failures --reward exact",
-    },
-    **{m: {"exact": f"{KNOBS[m][0]} --failures --reward exact"} for m in ("best-of-n", "cispo", "none")},
+    **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
+    **{(method, "exact"): "--reward exact" for method in METHODS},
+    **{(method, "failures"): "--failures" for method in METHODS},
 }
-# not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (stage tune: the same scores)
-COMPARED = {method: (method, f"{KNOBS[method][0]} --failures") for method in ("mcts", "best-of-n", "cispo", "none")}
-RIGHT_ONLY = {name: (name, "--no-failures") for name in COMPARED}
-RIGHT_ONLY["best-path-tree"] = ("mcts", "--no-failures --distill best-path-tree")
-for number, ending in (0, "right-only"), (2, "right-only-short"):
-    COMPARED |= {f"{n}-{ending}": (m, f"{KNOBS[m][number]} {options}") for n, (m, options) in RIGHT_ONLY.items()}
-CHOSEN = "3e-4"  # for all of them, by validation mean@16 in stages rates and steps (LOG.md)
-COLLAPSED = "none-right-only-short"  # at that rate, 16 problems a step; its steps of 64 are as short as the others'
-ABLATIONS = {  # of `mcts-right-only-short` of stage compare
+ABLATIONS = {  # of `mcts` in stage compare. prior count is uniform there: of two children a merged one is alone
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
-    **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "count", "uniform")},  # sum is the preset's
+    **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "uniform")},  # sum is the preset's
     "unvisited-zero": "--tree.unvisited zero",
     "virtual-loss-visit": "--tree.virtual-loss visit",
     **{f"children-{k}": f"--tree.children {k}" for k in (3, 4)},
     **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128, 256)},
+    "tree-critic": "--distill best-path-tree",
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",
+    "failures": "--failures",
+    "long-steps": "--problems 64",
     "leaking-split": "--split post",
 }
-SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-right-only-short-seed1"}
+SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-seed1"}
 SEARCHES = {"best-of-n": "--search best-of-n"}
 SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
 CHAT = {  # steps of about 13,000 tokens
@@ -106,59 +82,41 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, rates, steps, targets, compare, ablate, search, chat
+    stage: tyro.conf.Positional[str]  # tune, compare, targets, ablate, search, chat
     seeds: int = 5  # of compare; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
-    methods: tuple[str, ...] = tuple(PROGRAMS | COMPARED)
+    methods: tuple[str, ...] = tuple(METHODS)
     out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
 
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"the first word must be {' or '.join(STAGES)}, not {self.stage!r}")
-        if unknown := set(self.methods) - set(PROGRAMS | COMPARED):
-            raise ValueError(f"methods are {', '.join(PROGRAMS | COMPARED)}, not {', '.join(unknown)}")
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"methods are {', '.join(METHODS)}, not {', '.join(unknown)}")
         check(self, "at least", 1, "seeds jobs")
 
 
 def tune(config: StudyConfig) -> Jobs:
-    for method, number, rate in product(filter(PROGRAMS.get, config.methods), (0, 1), RATES):
-        options = f"--learning-rate {rate} {KNOBS[method][number]} --failures --tokens 300000 {VALIDATE}"
-        yield f"{method}-lr{rate}-knob{number}", f"{PROGRAMS[method]} {options}"
-
-
-def rates(config: StudyConfig) -> Jobs:
-    return tried(config, RATES[1:], short=False)
-
-
-def steps(config: StudyConfig) -> Jobs:
-    return tried(config, RATES, short=True)
-
-
-def tried(config: StudyConfig, some: tuple[str, ...], short: bool) -> Jobs:
-    for (name, (method, options)), rate in product(COMPARED.items(), some):
-        if name in config.methods and name.endswith("short") == short:
-            options = f"--learning-rate {rate} {options} {BUDGET} {VALIDATE}"
-            yield f"{name}-lr{rate}", f"{PROGRAMS[method]} {options}"
-
-
-def targets(config: StudyConfig) -> Jobs:
-    for method in filter(TARGETS.get, config.methods):
-        for name, options in TARGETS[method].items():
-            options = f"--learning-rate {CHOSEN} {options} {BUDGET} {VALIDATE}"
-            yield f"{method}-{name}", f"{PROGRAMS[method]} {options}"
+    for method, rate in product(config.methods, RATES):
+        program, other = METHODS[method]
+        for name, knob in ("preset", ""), ("other", other):
+            yield f"{method}-{name}-lr{rate}", f"{program} --learning-rate {rate} {knob} {BUDGET} {VALIDATE}"
 
 
 def compare(config: StudyConfig) -> Jobs:
-    for seed, (name, (method, options)) in product(range(1, config.seeds + 1), COMPARED.items()):
-        if name in config.methods and name != COLLAPSED:
-            options = f"--seed {seed} --learning-rate {CHOSEN} {options} {BUDGET} {TEST}"
-            yield f"{name}-seed{seed}", f"{PROGRAMS[method]} {options}"
+    for seed, method in product(range(1, config.seeds + 1), config.methods):
+        yield f"{method}-seed{seed}", f"{METHODS[method][0]} --seed {seed} {BUDGET} {TEST}"
+
+
+def targets(config: StudyConfig) -> Jobs:
+    for (method, name), options in TARGETS.items():
+        if method in config.methods:
+            yield f"{method}-{name}", f"{METHODS[method][0]} {options} {BUDGET} {VALIDATE}"
 
 
 def ablate(config: StudyConfig) -> Jobs:
     for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
-        options = f"--seed {seed} --learning-rate {CHOSEN} {SHORT} --no-failures {options} {BUDGET} {TEST}"
-        yield f"{name}-seed{seed}", f"{PROGRAMS['mcts']} {options}"
+        yield f"{name}-seed{seed}", f"{METHODS['mcts'][0]} --seed {seed} {options} {BUDGET} {TEST}"
 
 
 def search(config: StudyConfig) -> Jobs:
@@ -171,15 +129,13 @@ def chat(config: StudyConfig) -> Jobs:
     for seed, rate, (method, knob) in product(range(1, min(config.seeds, 2) + 1), ("1e-4", "3e-5"), CHAT.items()):
         if method in config.methods:
             options = f"--seed {seed} --learning-rate {rate} {knob} {CHAT_MODEL} {measures}"
-            yield f"{method}-lr{rate}-seed{seed}", f"{PROGRAMS[method]} {options}"
+            yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method][0]} {options}"
 
 
 STAGES = {
     "tune": tune,
-    "rates": rates,
-    "steps": steps,
-    "targets": targets,
     "compare": compare,
+    "targets": targets,
     "ablate": ablate,
     "search": search,
     "chat": chat,
