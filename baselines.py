@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 import runs
-from config import Config
+from config import Config, given
 from countdown import Problem
 from distill import group_advantages
 from policy import Policy
@@ -51,14 +51,12 @@ COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": c
 
 def main() -> None:
     args = sys.argv[1:]
-    if "--resume" in args:
-        run(COLLECTORS, args, "cispo")
-    elif any(arg.startswith("--search") for arg in args):
+    if given(args, "--search", ""):
         runs.fail("--method names the method here; --search belongs to ppo.py")
-    elif len(args) < 2 or args[0] != "--method" or args[1] not in COLLECTORS:
-        runs.fail(f"start with --method {' | '.join(COLLECTORS)}, then any option of ppo.py")
-    else:
-        run(COLLECTORS, args[2:], args[1])
+    if not given(args, "--method", "") and not {"--help", "-h", "--resume"} & {arg.partition("=")[0] for arg in args}:
+        runs.fail(f"pass --method {' | '.join(COLLECTORS)}, and any option of ppo.py")
+    args = ["--search" + arg[len("--method") :] if arg.partition("=")[0] == "--method" else arg for arg in args]
+    run(COLLECTORS, args, "best-of-n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import ranks
 import runs
 from config import Config
 from countdown import Problem
-from engines import make_sampler, pick_sampler
+from engines import make_sampler
 from loading import load_policy, pick_device
 from parts import draw, splits
 from policy import Policy
@@ -120,10 +120,10 @@ class Generator:
     def load(self, config: Config, collect: Collect) -> dict[str, str]:
         """Make ready for work; what this process runs."""
         device = pick_device(config.device)
-        engine, plan = pick_sampler(config.sampler, device, config.quantize), memory.plan(config, device)
+        plan = memory.plan(config, device)
         policy = load_policy(config.model, config.lora_rank, device, config.dtype, config.quantize, train=False)
         policy.version = -1  # the trainer's weights come with the first shard
-        self.sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
+        self.sampler = make_sampler(plan.engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
         self.config, self.collector, self.policy = config, collect, policy
         return runs.identity()
 

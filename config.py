@@ -17,6 +17,7 @@ from distill import LESSONS
 from loading import TINY
 from mcts import SearchConfig
 
+PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
@@ -27,7 +28,7 @@ class Config:
     """Everything a run depends on. --preset tiny, qwen1.5b or post sets the defaults, any field overrides them."""
 
     preset: str = "tiny"  # tiny (CPU, minutes), qwen1.5b (one consumer GPU), post (the post's hyper-parameters)
-    search: str = "mcts"  # where trajectories come from: mcts, none; baselines.py: best-of-n, cispo, grpo
+    search: str = "mcts"  # where trajectories come from: mcts, none; baselines.py --method: best-of-n, cispo, grpo
     model: str = str(TINY)  # Hugging Face name or folder
     out: Path = Path()  # run folder; empty: runs/METHOD-PRESET-seedN
     seed: int = 0
@@ -43,13 +44,13 @@ class Config:
     steps: int = 0  # optimiser steps, 0 for no limit
 
     # collecting
-    problems: int = 64  # problems a step
+    problems: int = 12  # problems a step
     samples: int = 16  # completions a problem: best-of-n, cispo, grpo
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
     reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
-    failures: bool = True  # distil wrong answers too (the post); off, as in tiny: they teach the critic alone
+    failures: bool = False  # distil wrong answers too (the post); off, they teach the critic alone
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
@@ -73,31 +74,29 @@ class Config:
     micro_batch_tokens: int = 4_096  # tokens in one forward and backward pass, fewer where memory is short
 
     # learning
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of the model's weights or its adapter, at the peak
     value_learning_rate: float = 1e-3  # the value head starts from nothing
     schedule: str = "linear"  # linear (to 0), constant
     warmup: int = 10  # steps
     inner_steps: int = 1  # passes over a step's trajectories
-    clip_gradient: float = 1.0
+    clip_gradient: float = 1.0  # norm of the model's gradient, and of the value head's, each apart
     loss: str = "cispo"  # cispo, ppo
     # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer: the post, ratio 1 at first),
     # truncated (recomputed, and the loss weighted by min(pi_trainer / pi_sampler, importance_cap))
     old_logprobs: str = "recorded"
-    importance_cap: float = 2.0
+    importance_cap: float = 2.0  # of old_logprobs "truncated"
     max_disagreement: float = 0.1  # mean |log pi_sampler - log pi_trainer| a token above which a step warns
     clip_high: float = 5.0  # CISPO's cap on the ratio
     clip_ppo: float = 0.2  # PPO's epsilon
-    normalize: str = (
-        "sequence"  # average over tokens, then trajectories (sequence, the post), or over all tokens (token)
-    )
+    normalize: str = "sequence"  # average over tokens, then trajectories (sequence, the post); over all tokens (token)
     gae_lambda: float = 1.0  # 1 gives A = R - V
     value_coefficient: float = 1.0
     value_gradient: bool = False  # let the value loss train the backbone too (the post)
     kl_coefficient: float = 0.05
 
-    # stopping early: `patience` steps in a row that are bad, guard.py says when
-    max_kl: float = 5.0  # nats a token; here runs that learn stay below 0.5, those that collapse reach 6
-    patience: int = 5
+    # stopping early: guard.py
+    max_kl: float = 5.0  # nats a token of what the policy learns from, above which a step is bad
+    patience: int = 5  # bad steps in a row after which a run is stopped
 
     # keeping
     checkpoints: int = 10  # along the run, from which --resume goes on
@@ -114,7 +113,7 @@ class Config:
 
     def __post_init__(self):
         check_choices(
-            self, preset=PRESETS, search=METHODS, split=("multiset", "post"), distill=LESSONS,
+            self, preset=PRESET_NAMES, search=METHODS, split=("multiset", "post"), distill=LESSONS,
             reward=("dense", "exact"), sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"),
             quantize=("none", "nf4"), optimizer=("adamw", "paged-adamw8bit"),
             old_logprobs=("recorded", "recomputed", "truncated"), schedule=("linear", "constant"),
@@ -182,7 +181,7 @@ def check_cluster(config: Config) -> None:
 def settings(saved: dict) -> dict:
     """The settings in a config.json that decide a run's result, flat: a field that was not there yet had its default,
     and a model is known by its name, wherever its folder lies."""
-    whole = asdict(Config()) | saved
+    whole = asdict(Config()) | {"failures": True} | saved  # before that was a setting, they were distilled
     tree = asdict(TINY_TREE) | saved.get("tree", {})
     kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}
     return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
@@ -194,33 +193,34 @@ def differences(saved: dict, config: Config) -> list[str]:
     return [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
 
 
-PRESETS = dict.fromkeys(("tiny", "qwen1.5b", "post"))
 QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
-    temperature=0.8,
+    temperature=0.8, problems=16, clip_gradient=0.1, failures=True, eval_temperature=0.2,
 )  # fmt: skip
-PRESETS["tiny"] = Config(failures=False)  # the post distils failures too: half the score (README)
-# steps of 2,000 to 2,800 tokens: with longer ones all methods learn less from as many tokens (LOG.md, 2026-11-27)
+PRESETS = {
+    "tiny": Config(),
+    "qwen1.5b": Config(
+        preset="qwen1.5b", **QWEN, tokens=50_000_000, learning_rate=2e-5, value_learning_rate=1e-4,
+        tree=SearchConfig(simulations=64),
+    ),
+    "post": Config(  # hyper-parameters of the post, not its bugs; 1,600 simulations a problem
+        preset="post", **QWEN, tokens=0, steps=2_048, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
+        warmup=0, value_gradient=True,
+        tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
+    ),
+}  # fmt: skip
+# of tiny, beside search's: steps of 2,000 to 2,800 tokens; from longer ones all methods learn less (LOG.md, 2026-11-27)
 TINY_STEPS = {
-    "mcts": dict(problems=12),
     "none": dict(problems=64),
     "best-of-n": dict(problems=8, samples=8),
     "cispo": dict(problems=4, samples=16),
     "grpo": dict(problems=4, samples=16),
 }
-PRESETS["qwen1.5b"] = Config(
-    preset="qwen1.5b", **QWEN, tokens=50_000_000, problems=16, learning_rate=2e-5, value_learning_rate=1e-4,
-    clip_gradient=0.1, eval_temperature=0.2, tree=SearchConfig(simulations=64),
-)  # fmt: skip
-PRESETS["post"] = Config(  # hyper-parameters of the post, not its bugs; 16 problems a step, 1,600 simulations each
-    preset="post", **QWEN, tokens=0, steps=2_048, problems=16, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
-    clip_gradient=0.1, warmup=0, value_gradient=True, eval_temperature=0.2,
-    tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
-)  # fmt: skip
 
 
 def parse(args: list[str], method: str) -> tuple[Config, bool]:
     """The configuration of a run, and whether it goes on with an interrupted one."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
     if "--resume" in args:
         return resumed(args), True
     name = given(args, "--preset", "qwen1.5b" if torch.cuda.is_available() else "tiny")
@@ -240,9 +240,9 @@ def given(args: list[str], option: str, default: str) -> str:
 
 
 def preset_for(name: str, method: str) -> Config:
-    """A preset's settings for a method. ValueError for one that is unknown."""
+    """A preset's settings for a method. KeyError for an unknown preset, ValueError for an unknown method."""
     preset = replace(PRESETS[name], search=method)
-    own = TINY_STEPS[method] if name == "tiny" else {}
+    own = TINY_STEPS.get(method, {}) if name == "tiny" else {}
     return replace(preset, loss="ppo" if method == "grpo" else preset.loss, **own)
 
 

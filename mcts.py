@@ -245,7 +245,9 @@ def gumbel_inner(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarra
 
 
 def priors(children: list[Node], how: str) -> np.ndarray:
-    """P(a | s) over the sampled children [K]: softmax of the mean or summed log-probability, sample counts, or 1/K."""
+    """P(a | s) over the sampled children [K]: softmax of the mean or summed log-probability, sample counts, or 1/K.
+    Children are drawn from the policy already, so that counts estimate it without bias (Sampled MuZero, Hubert et al.
+    2021); log-probabilities favour likely steps once more."""
     if how == "uniform":
         scores = np.zeros(len(children))
     elif how == "count":

@@ -47,6 +47,7 @@ MARGIN = 16  # tokens, for prompts longer than the one tried
 class Plan:
     """What a run may use, and the estimate behind it; as text, the estimate alone."""
 
+    engine: str  # the sampler, torch or vllm
     context: int  # tokens of the longest sequence
     micro_tokens: int  # in one forward and backward pass
     rows: int  # sequences that TorchSampler decodes together
@@ -211,6 +212,7 @@ def fit(costs: Costs, budget: float) -> Plan:
     for phase, size in ("sampling", sampling), ("update", costs.update(tokens)):
         parts[f"{phase}, peak"] = CONTEXT_GB + (1 + FRAGMENTATION) * (resident + size) / GB
     return Plan(
+        costs.engine,
         costs.context,
         min(costs.config.micro_batch_tokens, tokens),
         rows,
@@ -243,20 +245,25 @@ def advice(costs: Costs, budget: float) -> str:
 
 
 def plan(config: Config, device: str) -> Plan:
-    """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. ValueError, one
-    line, if it can't fit. On a CPU without --gpu-memory nothing is estimated."""
+    """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. Where the choice of
+    sampler is open and vLLM does not fit, it is torch. ValueError, one line, if nothing fits. On a CPU without
+    --gpu-memory nothing is estimated."""
+    engine = pick_sampler(config.sampler, device, config.quantize)
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
-    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens)
+    over = config.tree.step_tokens - 1 if config.search == "mcts" else 0  # a step is cut after it is drawn
+    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens + over)
     if not on_gpu and not config.gpu_memory:
-        return Plan(longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
+        return Plan(engine, longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
     adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
-    engine = pick_sampler(config.sampler, device, config.quantize)
-    costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
-    found = fit(costs, budget)
-    if found.need > budget:
+    for engine in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
+        costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
+        found = fit(costs, budget)
+        if found.need <= budget:
+            break
+    else:
         options = advice(costs, budget)
         cure = f"{options} would make it fit" if options else "no option makes it fit, take a smaller model"
         raise ValueError(f"{config.model} needs {found.need:.2f} GB of GPU memory and has {budget:.2f}: {cure}")

@@ -12,7 +12,7 @@ import memory
 import runs
 from config import Config
 from countdown import Problem, make_splits
-from engines import make_sampler, pick_sampler
+from engines import make_sampler
 from evaluate import Score, evaluate
 from learner import make_optimizer
 from loading import load_policy, pick_device
@@ -90,7 +90,6 @@ class Parts:
 def prepare(config: Config) -> Parts:
     """Load and make what a run works with, or say what is in the way."""
     device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device, config.quantize)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     plan = memory.plan(config, device)
@@ -100,7 +99,7 @@ def prepare(config: Config) -> Parts:
     policy = load_policy(
         config.model, config.lora_rank, device, config.dtype, config.quantize, config.gradient_checkpointing
     )
-    sampler = make_sampler(engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
+    sampler = make_sampler(plan.engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
     return Parts(config, device, policy, sampler, make_optimizer(policy, config), data, plan.micro_tokens)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, cycle
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 import explorer
 import runs
 from checks import check_choices, check_writable, read_json
-from config import settings
+from config import Config, settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
 DRAWS = 2_000  # of the bootstrap
@@ -52,8 +52,8 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     varied = {key for (_, key), some in values.items() if len(some) > 1}
     for told, config, rows in loaded:
         other = [
-            f"no {key}" if told[key] is False else f"{key.split('.')[-1]} {told[key]}"
-            for key, usual in settings({}).items()
+            {False: f"no {key}", True: key}.get(told[key], f"{key.split('.')[-1]} {told[key]}")
+            for key, usual in settings(asdict(Config())).items()
             if key != "seed" and told[key] != usual and key in varied
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))

@@ -1,7 +1,8 @@
 """Tree search distillation: search, keep the search's choice, train the policy on it, repeat.
 
     python ppo.py --search mcts                    # distil tree search (preset tiny without a GPU, else qwen1.5b)
-    python ppo.py --search none                    # plain PPO on single samples, for comparison
+    python ppo.py --search none                    # plain PPO on single samples, for comparison: with one update a
+                                                   # step, REINFORCE with a learnt baseline
     python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
 
 One step: `collect` turns problems into trajectories, `update` (learner.py: the losses) turns trajectories into new
@@ -44,22 +45,22 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
     prompts = [policy.encode(problem) for problem in problems]
 
     def grade(problem, completion):
-        return shape(policy.grade(problem, completion, config.strict), config)
+        return training_reward(policy.grade(problem, completion, config.strict), config)
 
     settings = config.search_config
     trees, usage = search(problems, prompts, sampler, sampler.values, grade, settings, seeds)
     trajectories = [
         Trajectory(
-            tree.problem,
-            tree.prompt,
-            lesson.answer.completion(),
-            [logprob for node in lesson.answer.path() for logprob in node.logprobs],
-            lesson.answer.reward,
-            policy.version,
-            config.distill,
-            lesson.advantages,
-            lesson.returns,
-            lesson.critic_only,
+            problem=tree.problem,
+            prompt=tree.prompt,
+            completion=lesson.answer.completion(),
+            logprobs=[logprob for node in lesson.answer.path() for logprob in node.logprobs],
+            reward=lesson.answer.reward,
+            version=policy.version,
+            source=config.distill,
+            advantages=lesson.advantages,
+            returns=lesson.returns,
+            critic_only=lesson.critic_only,
         )
         for tree in trees
         for lesson in LESSONS[config.distill](tree, settings)
@@ -85,11 +86,11 @@ def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple
         policy, sampler, problems, n, seeds, config.max_tokens, config.temperature, config.search, config.strict
     )
     for trajectory in (t for row in rows for t in row):
-        trajectory.reward = shape(trajectory.reward, config)
+        trajectory.reward = training_reward(trajectory.reward, config)
     return rows, usage
 
 
-def shape(reward: Reward, config: Config) -> Reward:
+def training_reward(reward: Reward, config: Config) -> Reward:
     """The verifier's reward, or with `config.reward` "exact" 1 for a right answer and -1 for all others."""
     return replace(reward, value=1.0 if reward.correct else -1.0) if config.reward == "exact" else reward
 
@@ -209,7 +210,7 @@ def summarize(trajectories: list[Trajectory]) -> dict[str, float]:
 
 def costs(usage: Usage, update_seconds: float, device: str) -> dict[str, float]:
     """Where a step's time went, and the most of the GPU's memory that was held since the last one."""
-    row = {"tokens_per_second": usage.generated / usage.seconds, "sampler_seconds": usage.seconds}
+    row = {"tokens_per_second": usage.generated / max(usage.seconds, 1e-9), "sampler_seconds": usage.seconds}
     row |= {"critic_seconds": usage.critic_seconds, "update_seconds": update_seconds}
     if device.startswith("cuda"):
         # PyTorch's, without CUDA's own; vLLM's sleeping share counts too

@@ -88,10 +88,9 @@ ppo.py --model nowhere/at/all                           | there is no folder now
 ppo.py --model no/such                                  | can't load 'no/such': no such folder, and not to be had
 ppo.py --model empty.jsonl                              | is a file: pass the folder
 ppo.py --model models/no-template                       | no chat template: use an instruct model
-baselines.py                                            | start with --method best-of-n | cispo | grpo
-baselines.py --method                                   | start with --method
-baselines.py --method mcts                              | start with --method
-baselines.py --seed 1 --method cispo                    | start with --method
+baselines.py                                            | pass --method best-of-n | cispo | grpo
+baselines.py --method                                   | pass --method
+baselines.py --method mcts                              | runs best-of-n, cispo, grpo, not 'mcts'
 baselines.py --method cispo --search mcts               | --search belongs to ppo.py
 baselines.py --method cispo --samples 1                 | cispo compares the samples of a problem
 baselines.py --method grpo --samples 1                  | grpo compares the samples of a problem

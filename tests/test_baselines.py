@@ -87,8 +87,12 @@ def test_the_named_method_runs_with_all_options_and_can_be_resumed(method, monke
     """Prevents a method under another's name, and options or --resume that are lost on the way."""
     seen = []
     monkeypatch.setattr(baselines, "run", lambda *args: seen.append(args))
-    for args in (["--method", method, "--seed", "2"], ["--resume", "runs/x"]):
+    for args in (["--method", method, "--seed", "2"], ["--seed=2", f"--method={method}"], ["--resume", "runs/x"]):
         monkeypatch.setattr(sys, "argv", ["baselines.py", *args])
         baselines.main()
-    assert seen[0] == (baselines.COLLECTORS, ["--seed", "2"], method)
-    assert seen[1][:2] == (baselines.COLLECTORS, ["--resume", "runs/x"])
+    assert [args[1] for args in seen] == [
+        ["--search", method, "--seed", "2"],
+        ["--seed=2", f"--search={method}"],
+        ["--resume", "runs/x"],
+    ]
+    assert all(args[0] == baselines.COLLECTORS for args in seen)

@@ -169,9 +169,12 @@ def test_micro_batches_lose_nothing_and_fit(lengths, budget):
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("loss", ["cispo", "ppo"])
 def test_the_loss_is_the_documented_one_token_by_token(moved, problems, loss, normalize, fixed):
-    """Prevents a ratio of recomputed log-probabilities (always 1), a temperature that is left out, a reference that
-    moves and a mean over the wrong tokens."""
-    config = Config(loss=loss, normalize=normalize, temperature=0.7, value_coefficient=0.5, kl_coefficient=0.3)
+    """Prevents a ratio of recomputed log-probabilities (always 1), a setting that is left out, a reference that moves
+    and a mean over the wrong tokens."""
+    config = Config(
+        loss=loss, normalize=normalize, temperature=0.7, value_coefficient=0.5, kl_coefficient=0.3, clip_high=1.5,
+        clip_ppo=0.1, gae_lambda=0.9,
+    )  # fmt: skip
     items, rng = trajectories(moved, problems, config.temperature), np.random.default_rng(0)
     tokens, expected, ratios = sum(len(t.completion) for t in items), 0.0, 0.0
     for i, t in enumerate(items):
@@ -180,13 +183,15 @@ def test_the_loss_is_the_documented_one_token_by_token(moved, problems, loss, no
         batch = moved.batch([t.prompt], [t.completion])
         now, values, _ = (x[0].tolist() for x in moved.logprobs_and_values(batch, config.temperature))
         reference = moved.reference_logprobs(batch, config.temperature)[0].tolist()
-        for j, (logp, old, ref, value) in enumerate(zip(now, t.logprobs, reference, values, strict=True)):
-            ratio, advantage = math.exp(logp - old), t.advantages[j] if fixed else t.reward.value - value
+        deltas = [after - value for value, after in zip(values, [*values[1:], t.reward.value])]
+        for j, (logp, old, ref) in enumerate(zip(now, t.logprobs, reference, strict=True)):
+            estimate = sum(0.9**k * delta for k, delta in enumerate(deltas[j:]))
+            ratio, advantage = math.exp(logp - old), t.advantages[j] if fixed else estimate
             if loss == "cispo":
-                part = -min(ratio, 5.0) * advantage * logp
+                part = -min(ratio, 1.5) * advantage * logp
             else:
-                part = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-            part += 0.0 if fixed else 0.5 * (value - t.reward.value) ** 2
+                part = -min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage)
+            part += 0.0 if fixed else 0.5 * estimate**2  # V's target is V + A
             part += 0.3 * (math.exp(ref - logp) - (ref - logp) - 1)
             weight = 1 / tokens if normalize == "token" else 1 / len(now) / len(items)
             expected, ratios = expected + weight * part, ratios + weight * ratio

@@ -320,6 +320,18 @@ def test_pytorch_is_held_to_the_budget(sampler, asked, free, budget, few, monkey
     assert capped == ([pytest.approx((budget - CONTEXT_GB + asleep) / 32)] if asked else [])
 
 
+@pytest.mark.parametrize(("sampler", "free", "engine"), [("auto", 22, "vllm"), ("auto", 2, "torch"), ("vllm", 2, "")])
+def test_a_small_card_samples_with_torch_where_the_choice_is_open(sampler, free, engine, few, monkeypatch):
+    """Prevents a first run on 8 or 12 GB that is refused because vLLM is installed."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
+    monkeypatch.setattr("engines.find_spec", lambda name: True)
+    if engine:
+        assert plan(replace(QWEN, model=few, sampler=sampler), "cuda").engine == engine
+    else:
+        with pytest.raises(ValueError, match="--sampler torch would make it fit"):
+            plan(replace(QWEN, model=few, sampler=sampler), "cuda")
+
+
 def test_unusable_models_are_one_line(few, tmp_path):
     """Prevents tracebacks for a model whose config.json or tokenizer can't be read."""
     for file in ("config.json", "tokenizer.json"):

@@ -141,16 +141,16 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
 
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     """Prevents a row that looks like the post's loss because its method was run from right answers alone only."""
-    finish(folders[0], [1, 2], failures=False, problems=16)
-    finish(folders[1], [1, 2])
+    finish(folders[0], [1, 2], failures=True, problems=16)
+    finish(folders[1], [1, 2], failures=False)
     other = tmp_path / "none"
     other.mkdir()
     for file in folders[0].iterdir():
         (other / file.name).write_text(file.read_text().replace('"mcts"', '"none"'))
     assert list(plots.by_method([*folders, other])) == [
         "mcts",
-        "mcts, problems 16, no failures",
-        "none, problems 16, no failures",
+        "mcts, problems 16, failures",
+        "none, problems 16, failures",
     ]
 
 

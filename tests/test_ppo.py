@@ -6,6 +6,7 @@ import math
 import random
 import re
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import baselines
 import learner
+import parts
 import ppo
 import runs
-from config import PRESETS, Config, parse
+from config import Config, parse, preset_for
 from countdown import Reward
 from loading import load_policy
 from mcts import SearchConfig
@@ -188,6 +190,45 @@ def test_failures_that_are_not_distilled_teach_the_critic_alone(tiny_config, che
     assert read_metrics(config.folder)[1]["correct"] == 0
     assert_close(learnt.lm.state_dict(), start.lm.state_dict())
     assert learnt.value_head.layers[-1].weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", COLLECTORS)
+def test_the_verifier_is_as_strict_as_the_run(moved, problems, tiny_config, monkeypatch, method):
+    """Prevents an option that a method drops."""
+    seen = set()
+
+    def grade(self, problem, completion, strict=True):
+        seen.add(strict)
+        return Reward(len(completion) / 8, False, True, "made up")
+
+    monkeypatch.setattr(Policy, "grade", grade)
+    COLLECTORS[method](moved, TorchSampler(moved), problems, tiny_config(strict=False), np.random.default_rng(0))
+    assert seen == {False}
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "schedule", "share"),
+    [
+        (0, 0.0, "linear", 0.25),
+        (1, 0.1, "linear", 0.5 * 0.9),
+        (9, 0.6, "linear", 0.4),
+        (0, 0.0, "constant", 0.25),
+        (9, 0.6, "constant", 1.0),
+    ],
+)
+def test_rates_warm_up_by_steps_and_decay_by_the_budget(step, progress, schedule, share):
+    """Prevents a run at its peak rate from first to last; each group has a peak of its own."""
+    optimizer = SimpleNamespace(param_groups=[{"peak": 1.0}, {"peak": 0.01}])
+    ppo.set_rates(optimizer, {"step": step, "progress": progress}, Config(warmup=4, schedule=schedule))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share, 0.01 * share])
+
+
+def test_evaluations_sample_as_the_run_asks(checkpoint, tiny_config, monkeypatch):
+    """Prevents scores at another temperature or length than config.json says."""
+    seen = []
+    monkeypatch.setattr(parts, "evaluate", lambda *args, **_: seen.append(args[3:]))
+    parts.prepare(tiny_config(eval_temperature=0.2, seed=3)).measure("validation", 5)
+    assert seen == [(5, 0.2, 8, 3)]
 
 
 def test_a_run_ends_with_its_token_budget_and_counts_it(toy, tiny_config):
@@ -423,6 +464,6 @@ def test_the_program_shows_its_configuration_and_runs_the_method(monkeypatch, ca
     seen = []
     monkeypatch.setattr(ppo, "train", lambda *args: seen.append(args))
     ppo.run(ppo.COLLECTORS, ["--preset", "tiny", "--search", "none"], "mcts")
-    assert seen == [(replace(PRESETS["tiny"], search="none"), collect_samples, False)]
+    assert seen == [(preset_for("tiny", "none"), collect_samples, False)]
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert shown == [field.name for field in fields(Config)]
