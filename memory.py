@@ -258,8 +258,8 @@ def plan(config: Config, device: str) -> Plan:
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
     adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
-    for engine in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
-        costs = Costs(config, read_sizes(folder, base), longest, engine, adapter)
+    for sampler in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
+        costs = Costs(config, read_sizes(folder, base), longest, sampler, adapter)
         found = fit(costs, budget)
         if found.need <= budget:
             break
