@@ -2,7 +2,7 @@
 
     pip install -r requirements-ray.txt
     python ppo.py --search mcts --cluster local --generators 2    # Ray begins and ends with the run
-    python ppo.py --search mcts --cluster auto --generators 14    # on a running cluster: README, "More than one GPU"
+    python ppo.py --search mcts --cluster auto --generators 14    # on a running cluster: docs/cluster.md
 
 A step's problems are cut into shards. A generator (policy, critic and sampler in an actor) takes a shard and the newest
 weights and runs the `collect` that one process would run. The trainer has the shards of `max_staleness` steps beyond

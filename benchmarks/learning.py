@@ -1,14 +1,14 @@
-"""What a million generated tokens of training cost, this commit against the spine's first, and so what a score costs.
+"""What a score costs end to end: the methods as they are now against the first commit that could train.
 
     python -m benchmarks.learning --out runs/learning.json
 
-Both commits run the same recipe (preset tiny, K = 2, one thread) for their first tokens; the older one in a git
-worktree made for it. Seconds are the process's own on the CPU: time.perf_counter is time.process_time in these runs.
-Tokens to a score are read from results/compare, where a score was measured every 100,000 tokens, and are the same for
-both commits: the recipe is, and speed is all that has changed.
+Each commit runs its own preset tiny, one thread, for its first tokens: CPU seconds a million generated tokens; the
+older one in a git worktree made for it, and with time.process_time in place of time.perf_counter. How many tokens a
+score takes is read from the logs in results/: the first runs, and those of stage compare.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,13 +26,18 @@ RUN = (
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 METHODS = {
-    "mcts": "ppo.py --search mcts --problems 64 --tree.children 2 --tree.simulations 32 --tree.prior sum",
-    "best-of-n": "baselines.py --method best-of-n --problems 64 --samples 8",
-    "cispo": "baselines.py --method cispo --problems 16 --samples 16",
+    "mcts": "ppo.py --search mcts",
+    "best-of-n": "baselines.py --method best-of-n",
+    "cispo": "baselines.py --method cispo",
 }
-SHARED = (
-    "--learning-rate 3e-4 --evaluations 0 --test-problems 1 --test-samples 1 --eval-problems 1 --train-problems 2000"
-)
+# what the first commit ran as preset tiny, some of it by other defaults
+FIRST = {
+    "mcts": "--problems 64 --tree.children 2 --tree.simulations 32 --tree.prior sum",
+    "best-of-n": "--problems 64 --samples 8",
+    "cispo": "--problems 16 --samples 16",
+}
+SHARED = "--learning-rate 3e-4 --evaluations 0 --test-problems 1 --test-samples 1 --eval-problems 1"
+LOGS = {"first": "results/first/{}-tiny-seed*", "now": "results/compare/{}-seed*"}
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Bench:
 
     tokens: int = 60_000
     before: str = "0f1c32f"  # the first commit that could train the embedded policy
-    score: float = 0.07  # validation mean@4
+    score: float = 0.1  # validation mean@4
     out: Path = Path("runs/learning.json")
 
     def __post_init__(self):
@@ -52,8 +57,8 @@ class Bench:
 
 def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     """CPU seconds a million generated tokens, from the end of the first step on."""
-    args = f"{METHODS[method]} {SHARED} --tokens {bench.tokens} --out {folder}".split()
-    args += ["--failures"] if kit == KIT else []  # the older commit learns from wrong answers too, and has no choice
+    recipe = "" if kit == KIT else FIRST[method]
+    args = f"{METHODS[method]} {recipe} {SHARED} --train-problems 2000 --tokens {bench.tokens} --out {folder}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -63,37 +68,41 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     return 1e6 * (last["seconds"] - first["seconds"]) / (last["generated"] - first["generated"])
 
 
-def tokens_to(method: str, score: float) -> list[int]:
-    """Generated tokens at each seed's first evaluation that reaches the score; seeds that never do are left out."""
+def millions_to(score: float, pattern: str) -> float | None:
+    """Median over seeds of the million generated tokens at the first evaluation that reaches the score; None if not
+    half of them do."""
     found = []
-    for file in sorted((KIT / "results" / "compare").glob(f"{method}-seed*/metrics.jsonl")):
-        rows = map(json.loads, file.read_text().splitlines())
-        if reached := next((row["generated"] for row in rows if row.get("eval_mean", 0) >= score), None):
-            found.append(reached)
-    return found
+    for folder in sorted(KIT.glob(pattern)):
+        reached = (row["generated"] for row in runs.read_metrics(folder) if row.get("eval_mean", 0) >= score)
+        found.append(next(reached, math.inf))
+    return median(found) / 1e6 if found and median(found) < math.inf else None
 
 
 def main() -> None:
     bench = runs.read_config(Bench)
-    git = ["git", "-C", str(KIT), "worktree"]
-    print(f"| method | CPU s a million tokens, {bench.before} | now | ratio | tokens to {bench.score:.0%} | ", end="")
-    print(f"s, {bench.before} | s, now |\n|" + "---|" * 7, flush=True)
+    git = ["git", "-C", str(KIT)]
+    if subprocess.run([*git, "cat-file", "-e", f"{bench.before}^{{commit}}"], capture_output=True).returncode:
+        print(f"learning: this clone does not hold commit {bench.before} (git fetch --unshallow gets it): skipped")
+        return
+    print(f"| method | s a million tokens, {bench.before} | now | million tokens to {bench.score:.0%}, ", end="")
+    print("first runs | now | s to it, first runs | now |\n|" + "---|" * 7, flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "kit"
-        subprocess.run([*git, "add", "--quiet", "--detach", str(old), bench.before], check=True)
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(old), bench.before], check=True)
         try:
             for method in METHODS:
-                before, now = (cost(kit, method, bench, Path(folder) / f"{method}-{kit.name}") for kit in (old, KIT))
-                reached = tokens_to(method, bench.score)
-                row = {"method": method, "before": before, "now": now, "tokens": reached}
+                row = {"method": method}
+                for when, kit in ("first", old), ("now", KIT):
+                    seconds = cost(kit, method, bench, Path(folder) / f"{method}-{when}")
+                    row[when] = seconds, millions_to(bench.score, LOGS[when].format(method))
                 rows.append(row)
-                million = median(reached) / 1e6 if reached else float("nan")
-                costs = f"{before:.0f} | {now:.0f} | {now / before:.2f}"
-                scores = f"{million:.2f} M ({len(reached)} seeds) | {million * before:.0f} | {million * now:.0f}"
-                print(f"| {method} | {costs} | {scores} |", flush=True)
+                (before, first), (after, now) = row["first"], row["now"]
+                reached = " | ".join("never" if tokens is None else f"{tokens:.2f}" for tokens in (first, now))
+                cells = ("never" if t is None else f"{s * t:.0f}" for s, t in ((before, first), (after, now)))
+                print(f"| {method} | {before:.0f} | {after:.0f} | {reached} | {' | '.join(cells)} |", flush=True)
         finally:
-            subprocess.run([*git, "remove", "--force", str(old)], check=True)
+            subprocess.run([*git, "worktree", "remove", "--force", str(old)], check=True)
     runs.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | runs.provenance(), indent=1, default=str))
 
 

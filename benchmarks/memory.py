@@ -1,5 +1,5 @@
 """The estimate of memory.py against a count: the kit's own policy, learner and sampler, run on fake tensors; then what
-preset qwen1.5b would use of 8, 12, 16 and 24 GB (the README's table).
+preset qwen1.5b would use of 8, 12, 16 and 24 GB (the table of docs/gpu.md).
 
     python -m benchmarks.memory
 

@@ -86,7 +86,12 @@ def test_a_side_that_fails_is_told(tmp_path):
         training.Side("kit", str(tmp_path), "512")
 
 
-def test_tokens_to_a_score_are_those_of_the_logs():
-    """Prevents a seed that never reached the score from counting."""
-    assert len(learning.tokens_to("cispo", 0.05)) == 5 and learning.tokens_to("cispo", 0.99) == []
-    assert min(learning.tokens_to("cispo", 0.07)) > 100_000
+def test_tokens_to_a_score_are_those_of_the_logs(tmp_path, monkeypatch):
+    """Prevents a seed that never reached the score from being left out of the median, as if it had been quick."""
+    for seed, scores in enumerate([(0.05, 0.2), (0.2, 0.3), (0.05, 0.05)]):
+        (tmp_path / f"run-{seed}").mkdir()
+        rows = [{"step": i, "generated": 500_000 * i} | {"eval_mean": s} for i, s in enumerate(scores, 1)]
+        (tmp_path / f"run-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(learning, "KIT", tmp_path)
+    assert learning.millions_to(0.1, "run-*") == 1.0 and learning.millions_to(0.1, "run-1") == 0.5
+    assert learning.millions_to(0.1, "run-2") is None and learning.millions_to(0.1, "none-*") is None
