@@ -25,10 +25,8 @@ fuzz: .venv/installed
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed
 	$(BIN)/python study.py tune
-	$(BIN)/python study.py rates
-	$(BIN)/python study.py steps
-	$(BIN)/python study.py targets
 	$(BIN)/python study.py compare
+	$(BIN)/python study.py targets
 	$(BIN)/python study.py ablate
 	$(BIN)/python study.py search
 

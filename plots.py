@@ -242,7 +242,7 @@ def draw_tree(tree: dict):
     for node, x, y, below in places:
         for best, row in below:
             axes.plot(
-                [x, x + 1], [y, row], color="#0b6e4f" if best else "#bbbbbb", linewidth=3 if best else 1, zorder=0
+                [x, x + 1], [y, row], color="#222222" if best else "#bbbbbb", linewidth=3 if best else 1, zorder=0
             )
         text = re.sub("</?(step|answer)>", "", node["text"]).strip() or tree["problem"]
         label = f"{text[:28]}\nN {node['visits']}  Q {node['q']:+.2f}"
