@@ -64,16 +64,11 @@ def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[s
     """ValueError if a run has no test after training, or no `key` in it."""
     for name, some in found.items():
         for config, rows in some:
-            if not (rows and rows[-1]["step"] and key in rows[-1]):
+            if runs.ending(rows) != "finished" or key not in rows[-1]:
                 raise ValueError(
                     f"{name}, seed {config['seed']}, has no {key} after training: leave it out or --resume it"
                 )
     return found
-
-
-def collapsed(run: RUN) -> bool:
-    """Whether guard.py has stopped it."""
-    return bool(run[1]) and "stopped" in run[1][-1]
 
 
 def along(rows: list[dict], x: str) -> list[float]:
@@ -191,7 +186,8 @@ def summary_table(folders: list[Path]) -> str:
     `search_like` it on the same problems, and cost. CPU time is of training alone, where it was recorded. Seeds that
     were stopped because they had collapsed are counted and nothing more."""
     every = by_method(folders)
-    found = finished({name: [run for run in some if not collapsed(run)] for name, some in every.items()}, "test_right")
+    left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
+    found = finished(left, "test_right")
     k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
@@ -284,7 +280,7 @@ def validation_table(folders: list[Path]) -> str:
     found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if collapsed((config, rows)):
+        if runs.ending(rows) == "stopped":
             tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
             stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
         elif evaluated := [row for row in rows if "eval_mean" in row]:

@@ -200,7 +200,7 @@ def check_settings(folder: Path, command: list[str]) -> None:
 
 
 def is_done(folder: Path) -> bool:
-    return runs.finished(folder) or runs.stopped(folder)
+    return bool(runs.ending(runs.read_metrics(folder)))
 
 
 def call(command: list[str], config: StudyConfig) -> None:
