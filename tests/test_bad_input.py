@@ -182,6 +182,8 @@ oracle.py                                               | name at least one mode
 oracle.py no/such --samples 0                           | samples
 study.py guess                                          | guess
 study.py tune --methods dpo                             | dpo
+study.py tune --jobs 0                                  | jobs must be at least 1
+study.py tune --seeds 0                                 | seeds must be at least 1
 doctor.py --verbose                                     | doctor.py takes no options
 benchmarks/speed.py --rows 4                            | rows must be at least 8
 benchmarks/speed.py --rows                              | rows needs a value
