@@ -173,7 +173,12 @@ pretrain.py --layers 0                                  | layers must be at leas
 pretrain.py --size 1                                    | size must be from 2 to 5
 pretrain.py --out empty.jsonl                           | empty.jsonl can't be written
 plots.py pie models                                     | pie
-plots.py curves nowhere                                 | none of the folders holds a run
+plots.py curves nowhere                                 | there is no nowhere
+plots.py curves models nowhere                          | there is no nowhere
+plots.py curves models                                  | none of the folders holds a run
+plots.py curves runs/words --out models                 | none of the folders holds a run
+plots.py search empty.jsonl --out models                | models is a folder: name a file
+plots.py search scores.json                             | scores.json holds no scores
 plots.py tree nowhere.json                              | nowhere.json
 plots.py tree second.jsonl                              | holds no trees
 plots.py search nowhere.json                            | nowhere.json
@@ -245,6 +250,7 @@ def place(tmp_path_factory, checkpoint):
     }.items():
         (place / f"{name}.jsonl").write_bytes(text)
 
+    (place / "scores.json").write_text('{"scores": [], "model": "a", "search": "mcts", "children": 2}')
     for name, setting in dict(words='"seed": "one"', list='"temperature": [1]', choice='"loss": ["ppo"]').items():
         (place / "runs" / name).mkdir(parents=True)
         (place / "runs" / name / "config.json").write_text(f'{{{setting}, "tree": {{}}}}')
