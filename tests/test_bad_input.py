@@ -185,6 +185,7 @@ plots.py search nowhere.json                            | nowhere.json
 plots.py search models/adapter-json/config.json         | config.json
 oracle.py                                               | name at least one model
 oracle.py no/such --samples 0                           | samples
+oracle.py models/no-template no/such                    | hf download no/such
 study.py guess                                          | guess
 study.py tune --methods dpo                             | dpo
 study.py tune --jobs 0                                  | jobs must be at least 1
