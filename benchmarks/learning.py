@@ -75,13 +75,16 @@ def tokens_to(method: str, score: float) -> list[int]:
 
 def main() -> None:
     bench = runs.read_config(Bench)
-    git = ["git", "-C", str(KIT), "worktree"]
+    git = ["git", "-C", str(KIT)]
+    if subprocess.run([*git, "cat-file", "-e", f"{bench.before}^{{commit}}"], capture_output=True).returncode:
+        print(f"learning: this clone does not hold commit {bench.before} (git fetch --unshallow gets it): skipped")
+        return
     print(f"| method | CPU s a million tokens, {bench.before} | now | ratio | tokens to {bench.score:.0%} | ", end="")
     print(f"s, {bench.before} | s, now |\n|" + "---|" * 7, flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "kit"
-        subprocess.run([*git, "add", "--quiet", "--detach", str(old), bench.before], check=True)
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(old), bench.before], check=True)
         try:
             for method in METHODS:
                 before, now = (cost(kit, method, bench, Path(folder) / f"{method}-{kit.name}") for kit in (old, KIT))
@@ -93,7 +96,7 @@ def main() -> None:
                 scores = f"{million:.2f} M ({len(reached)} seeds) | {million * before:.0f} | {million * now:.0f}"
                 print(f"| {method} | {costs} | {scores} |", flush=True)
         finally:
-            subprocess.run([*git, "remove", "--force", str(old)], check=True)
+            subprocess.run([*git, "worktree", "remove", "--force", str(old)], check=True)
     runs.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | runs.provenance(), indent=1, default=str))
 
 

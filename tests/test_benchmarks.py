@@ -90,3 +90,11 @@ def test_tokens_to_a_score_are_those_of_the_logs():
     """Prevents a seed that never reached the score from counting."""
     assert len(learning.tokens_to("cispo", 0.05)) == 5 and learning.tokens_to("cispo", 0.99) == []
     assert min(learning.tokens_to("cispo", 0.07)) > 100_000
+
+
+def test_a_clone_without_the_older_commit_is_told(tmp_path, monkeypatch, capsys):
+    """Prevents a traceback that ends `make bench` in a shallow clone."""
+    out = tmp_path / "learning.json"
+    monkeypatch.setattr("sys.argv", ["learning", "--before", "0" * 40, "--out", str(out)])
+    learning.main()
+    assert capsys.readouterr().out.endswith(": skipped\n") and not out.exists()
