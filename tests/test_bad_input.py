@@ -224,6 +224,10 @@ benchmarks/random_qwen.py                               | folder
 benchmarks/random_qwen.py new --heads 5                 | a head's width must be whole and even
 benchmarks/random_qwen.py new --vocabulary 100          | vocabulary must be at least 259
 benchmarks/random_qwen.py new --dtype int8              | dtype must be one of
+scripts/cluster_test.py --alone 1                       | alone must be at least 2
+scripts/cluster_test.py --generators 7                  | 7 generators, but at most 6 shards in work
+scripts/cluster_test.py --max-staleness -1              | max_staleness must be at least 0
+scripts/cluster_test.py --out models                    | models exists already
 scripts/crash_test.py --runs 0                          | runs must be at least 1
 scripts/crash_test.py --kills -1                        | kills must be at least 0
 scripts/crash_test.py --out models                      | models exists already
