@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_ctrl_c_ends_the_study(programs, monkeypatch):
         programs[0].append(command)
         if len(programs[0]) == 1:
             begun.wait(60)
+            time.sleep(0.3)  # a signal between Python's last look and the wait itself would be seen after the wait
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             over.wait(60)
         return SimpleNamespace(returncode=130, stderr="")
