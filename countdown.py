@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Problem:
 
 
 def legal_moves(numbers: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, tuple[int, ...]]]:
-    """Every move of the random play as (a, operator, b, result, sorted numbers left), one per ordered pair.
+    """Every move of the random play as (a, operator, b, result, sorted numbers left), of every ordered pair.
 
     a - b needs a > b; a * b needs both factors above 1; a / b needs an exact division and b above 1. Equal numbers
     at different places give equal moves, so a uniform choice among what is yielded is the post's redrawing.
@@ -66,7 +66,7 @@ def legal_moves(numbers: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, 
                 yield a, "/", b, a // b, tuple(sorted([*rest, a // b]))
 
 
-@cache
+@lru_cache(2**16)  # states: the default game has 16,837, five numbers up to 999 have no end
 def play_distribution(state: tuple[int, ...]) -> dict[int, float]:
     """The exact probability of each final result of one uniformly random play from `state` (sorted)."""
     if len(state) == 1:

@@ -2,8 +2,10 @@
 
     make doctor    # or python doctor.py; exit code 0 if the default preset can run, else 1; 2 for an option
 
-It asks nothing of the network, and of the packages only torch is imported.
+It asks nothing of the network, and imports no packages but torch, packaging and huggingface_hub, where they are.
 """
+
+from __future__ import annotations  # Python 3.9 is to be told that it is too old
 
 import os
 import re
@@ -68,9 +70,9 @@ def ask_torch() -> tuple[str, float]:
 
 def machine() -> str:
     """Cores, memory and the disk under runs/."""
-    memory = "memory unknown"
-    if (meminfo := Path("/proc/meminfo")).exists():
-        kib = dict(re.findall(r"(\w+): +(\d+) kB", meminfo.read_text()))
+    memory, meminfo = "memory unknown", Path("/proc/meminfo")
+    kib = dict(re.findall(r"(\w+): +(\d+) kB", meminfo.read_text())) if meminfo.exists() else {}
+    if {"MemAvailable", "MemTotal"} <= kib.keys():
         memory = f"{int(kib['MemAvailable']) / 2**20:.1f} of {int(kib['MemTotal']) / 2**20:.1f} GB memory free"
     return f"{os.cpu_count()} cores, {memory}, {shutil.disk_usage('.').free / 2**30:.1f} GB disk free"
 
@@ -100,6 +102,8 @@ def main(args: Sequence[str] = ()) -> None:
     if free:
         preset, sampler, device = "qwen1.5b", "vllm" if installed("vllm") else "torch", "cuda"
     needs = []
+    if sys.version_info < (3, 10):  # noqa: UP036
+        needs.append("Python 3.10 or newer is needed")
     if wrong:
         needs.append(f"{', '.join(wrong)} missing or outside the range: {sys.executable} -m pip install -r {file}")
     if seen.startswith("torch fails"):

@@ -10,7 +10,6 @@ graded answer): Countdown's verifier needs no secret, so a deployed solver has i
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,14 +30,6 @@ from policy import Policy, encode
 from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right) from n >= k samples: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, eq. 1)."""
-    if not 0 <= correct <= n or not 1 <= k <= n:
-        raise ValueError(f"0 <= correct <= n and 1 <= k <= n are needed, not n={n}, correct={correct}, k={k}")
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def bootstrap(per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -71,7 +62,7 @@ class Score:
     def of(cls, rewards: list[list], usage: Usage) -> "Score":
         """From k rewards a problem."""
         correct = np.array([[r.correct for r in row] for row in rewards], float)  # [problems, k]
-        passed = np.array([pass_at_k(len(row), sum(r.correct for r in row), len(row)) for row in rewards])
+        passed = correct.max(1)  # [problems]
         flat = [r for row in rewards for r in row]
         return cls(
             len(rewards),
@@ -169,9 +160,9 @@ class EvaluateConfig:
     model: tyro.conf.Positional[str] = str(TINY)  # a run folder, a policy's folder or a Hugging Face name
     search: str = "none"  # none, mcts, best-of-n
     budget: tuple[int, ...] = (1024,)  # tokens a problem, with search; a search for each
-    data: Path | None = None  # JSONL problems; default: the test split
-    problems: int = 820
-    size: int = 4  # numbers in a problem
+    data: Path | None = None  # JSONL problems, all of them; default: the test split
+    problems: int = 820  # of the test split
+    size: int = 4  # numbers in one of its problems
     samples: int = 16  # completions a problem, without search
     temperature: float = 1.0
     max_tokens: int = 64  # of a completion
@@ -236,10 +227,11 @@ def main() -> None:
     try:
         for score in scores(config):
             found.append(asdict(score))
-            tell(config, score)
-            if config.out:
-                told = asdict(config) | {"scores": found, "provenance": runs.provenance()}
+            if config.out:  # first: what reads the lines below may be gone
+                used = {"problems": score.problems, "size": None} if config.data else {}
+                told = asdict(config) | used | {"scores": found, "provenance": runs.provenance()}
                 runs.write(config.out, json.dumps(told, default=str))
+            tell(config, score)
     except torch.OutOfMemoryError:
         runs.fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
 

@@ -1,6 +1,6 @@
 """The critic against the truth: Countdown can be solved exactly from every state, so V(s) can be judged.
 
-    python oracle.py assets/tiny runs/mcts-tiny-seed0 --out results/critic.json
+    python oracle.py assets/tiny runs/mcts-tiny-seed0 --out runs/critic.json
     python oracle.py assets/tiny --simulations 4 8 16 32 64 128 256    # and what search makes of which critic
 
 The states are those that the policy itself reaches: after every legal step of its own samples on validation problems.
@@ -22,7 +22,7 @@ from checks import check, check_writable
 from config import TINY_TREE
 from countdown import Problem, check_game, follow, make_problems, reachable
 from distill import best_path
-from loading import load_policy
+from loading import load_policy, locate
 from mcts import search
 from policy import Policy
 from sampling import STEP_END, TorchSampler, Usage, complete, read_values, stream
@@ -39,7 +39,7 @@ class OracleConfig:
     temperature: float = 1.0
     max_tokens: int = 64
     seed: int = 0
-    out: Path = Path("results/critic.json")
+    out: Path = Path("runs/critic.json")
 
     def __post_init__(self):
         if not self.models:
@@ -48,6 +48,8 @@ class OracleConfig:
         check(self, "above", 0, "temperature")
         check_game(seed=self.seed)
         check_writable(self.out)
+        for model in self.models:
+            locate(model)
 
 
 def states_of(policy: Policy, problem: Problem, completion: list[int]) -> list[tuple[list[int], tuple[int, ...]]]:
@@ -146,7 +148,7 @@ def judge(model: str, config: OracleConfig) -> dict:
     values = np.array(read_values(policy, [list(state) for state in found])[0])
     solvable = np.array([target in reachable(left) for left, target in found.values()])
     best = np.array([best_reward(left, target) for left, target in found.values()])
-    correlation = np.corrcoef(values, best)[0, 1] if values.std() > 0 and best.std() > 0 else None
+    correlation = float(np.corrcoef(values, best)[0, 1]) if values.std() > 0 and best.std() > 0 else None
     auc = area_under_curve(values, solvable)
     told = [f"area under the curve of V for solvability {auc:.3f}"] if auc is not None else []
     told += [f"correlation with the best reward in reach {correlation:.3f}"] if correlation is not None else []
@@ -156,7 +158,7 @@ def judge(model: str, config: OracleConfig) -> dict:
         "states": len(found),
         "solvable": float(solvable.mean()),
         "auc": auc,
-        "correlation": correlation and float(correlation),
+        "correlation": correlation,
         "numbers_left": [len(left) for left, _ in found.values()],
         "value": values.round(3).tolist(),
         "in_reach": solvable.astype(int).tolist(),
@@ -168,8 +170,10 @@ def judge(model: str, config: OracleConfig) -> dict:
 def main() -> None:
     config = runs.read_config(OracleConfig)
     torch.manual_seed(config.seed)
-    rows = [judge(model, config) for model in config.models]
-    runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
+    rows = []
+    for model in config.models:
+        rows.append(judge(model, config))
+        runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
 
 
 if __name__ == "__main__":

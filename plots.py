@@ -8,7 +8,6 @@ python plots.py search results/search/*                      # problems solved a
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -37,8 +36,17 @@ RUN = tuple[dict, list[dict]]
 
 
 def load(folder: Path) -> RUN:
-    """A run's configuration and its rows of metrics."""
-    return json.loads((folder / "config.json").read_text()), runs.read_metrics(folder)
+    """A run's configuration and its rows of metrics. ValueError for a config.json that no run has written."""
+    config = runs.read_settings(folder)
+    try:
+        told = settings(config)
+        hash(tuple(told.values()))  # runs are told apart by them
+        known = "seed" in config and told["search"] in COLORS
+    except TypeError:  # a value of another kind
+        known = False
+    if not known:
+        raise ValueError(f"{folder}/config.json is damaged: it does not hold the settings of a run")
+    return config, runs.read_metrics(folder)
 
 
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
@@ -64,16 +72,11 @@ def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[s
     """ValueError if a run has no test after training, or no `key` in it."""
     for name, some in found.items():
         for config, rows in some:
-            if not (rows and rows[-1]["step"] and key in rows[-1]):
+            if runs.ending(rows) != "finished" or key not in rows[-1]:
                 raise ValueError(
                     f"{name}, seed {config['seed']}, has no {key} after training: leave it out or --resume it"
                 )
     return found
-
-
-def collapsed(run: RUN) -> bool:
-    """Whether guard.py has stopped it."""
-    return bool(run[1]) and "stopped" in run[1][-1]
 
 
 def along(rows: list[dict], x: str) -> list[float]:
@@ -123,7 +126,7 @@ def search_curves(files: list[Path], axes=None):
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     found = [read_json(file) for file in files]
     for file, one in zip(files, found):
-        if not isinstance(one.get("scores"), list):
+        if not (one.get("scores") and {"model", "search", "children"} <= one.keys()):
             raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
     models = list(dict.fromkeys(one["model"] for one in found))
     widths = sorted({one["children"] for one in found if one["search"] == "mcts"})
@@ -183,7 +186,12 @@ def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
     method, *changed = name.split(", ")
     names = (", ".join(["mcts", *changed[i:]]) for i in range(method == "mcts", len(changed) + 1))
     like = next((found[name] for name in names if found.get(name)), None)
-    return like if like and like[0][0].get("split") == found[name][0][0].get("split") else None
+    return like if like and tested_on(like) == tested_on(found[name]) else None
+
+
+def tested_on(some: list[RUN]) -> list:
+    """What the test problems of runs depend on."""
+    return [settings(some[0][0])[name] for name in ("split", "size", "test_problems")]
 
 
 def summary_table(folders: list[Path]) -> str:
@@ -191,7 +199,8 @@ def summary_table(folders: list[Path]) -> str:
     `search_like` it on the same problems, and cost. CPU time is of training alone, where it was recorded. Seeds that
     were stopped because they had collapsed are counted and nothing more."""
     every = by_method(folders)
-    found = finished({name: [run for run in some if not collapsed(run)] for name, some in every.items()}, "test_right")
+    left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
+    found = finished(left, "test_right")
     k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(k) > 1:
         raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
@@ -247,7 +256,7 @@ def draw_tree(tree: dict):
         text = re.sub("</?(step|answer)>", "", node["text"]).strip() or tree["problem"]
         label = f"{text[:28]}\nN {node['visits']}  Q {node['q']:+.2f}"
         box = dict(boxstyle="round", facecolor=REACH[node["solvable"]], edgecolor="#888888")
-        axes.text(x, y, label.replace("$", r"\$"), ha="center", va="center", fontsize=7, bbox=box)
+        axes.text(x, y, label, ha="center", va="center", fontsize=7, bbox=box, parse_math=False)
     axes.set_xlim(-0.5, depth + 0.5)
     axes.invert_yaxis()
     axes.axis("off")
@@ -284,11 +293,13 @@ def validation_table(folders: list[Path]) -> str:
     found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if collapsed((config, rows)):
+        if runs.ending(rows) == "stopped":
             tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
             stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
         elif evaluated := [row for row in rows if "eval_mean" in row]:
             found.append((folder.name, config["seed"], evaluated[-1]))
+    if not found and not stopped:
+        raise ValueError("none of the runs has been evaluated yet (no eval_mean)")
     k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
     lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
     for name, seed, row in sorted(found, key=lambda item: -item[2]["eval_mean"]):
@@ -308,17 +319,20 @@ class PlotConfig:
 
     what: tyro.conf.Positional[str]  # curves, table, summary, validation, search, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
-    out: Path = Path("curves.png")
+    out: Path = Path("curves.png")  # of curves and search
     x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
         if self.what not in (known := ("curves", *TABLES, "search", "tree")):
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
-        if self.what not in ("search", "tree"):
+        if missing := [str(folder) for folder in self.folders if not folder.exists()]:
+            raise ValueError(f"there is no {', '.join(missing)}")
+        if self.what not in ("search", "tree"):  # a shell's glob names other files too
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
-        check_writable(self.out)
+        if self.what in ("curves", "search"):
+            check_writable(self.out)
         check_choices(self, x=ALONG)
 
 

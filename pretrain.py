@@ -1,4 +1,4 @@
-"""The embedded policy: a Qwen2 of about a million parameters, trained from nothing on generated Countdown games.
+"""The embedded policy: a Qwen2 of 1.7 million parameters, trained from nothing on generated Countdown games.
 
 It is the laptop's stand-in for an instruct model: it plays legal steps with right arithmetic in the asked format
 and rarely reaches the target. Its games are random plays *conditioned on their result*: each move is drawn from the
@@ -195,15 +195,23 @@ def pretrain(config: PretrainConfig) -> None:
     forward = torch.compile(model, dynamic=False) if config.compile else model
 
     checkpoint, start, seconds = config.out / "pretrain.pt", 0, 0.0
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "compile", "save_every")}
     if checkpoint.exists():
         saved = read_tensors(checkpoint)
         try:
-            model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
-            start, seconds = saved["step"], saved["seconds"]
-        except (RuntimeError, ValueError, KeyError, TypeError):
+            there = settings | saved.get("settings", {})  # an earlier version's has none
+            differ = [
+                f"{key} {there[key]} there, {value} here" for key, value in settings.items() if there[key] != value
+            ]
+            if not differ:
+                model.load_state_dict(saved["model"])
+                for optimizer, state in zip(optimizers, saved["optimizers"]):
+                    optimizer.load_state_dict(state)
+                start, seconds = saved["step"], saved["seconds"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{checkpoint} is of another model: pass its settings, or move it away") from None
+        if differ:
+            raise ValueError(f"{checkpoint} has other settings ({'; '.join(differ)}): pass them, or move it away")
         print(f"going on from step {start} of {checkpoint}")
 
     began = time.time() - seconds
@@ -224,7 +232,7 @@ def pretrain(config: PretrainConfig) -> None:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            saved |= {"step": step + 1, "seconds": time.time() - began}
+            saved |= {"step": step + 1, "seconds": time.time() - began, "settings": settings}
             config.out.mkdir(parents=True, exist_ok=True)
             torch.save(saved, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)

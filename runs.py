@@ -147,7 +147,7 @@ class Run:
             check_unused(self.folder)
         self.settings = fingerprint(settings)
         self.restored, self.state = self._restore() if resume else (None, {})
-        made = read_settings(self.folder).get("provenance") if resume else provenance()
+        made = read_settings(self.folder).get("provenance") if self.restored else provenance()
         write(self.folder / "config.json", json.dumps(settings | {"provenance": made}, indent=1, default=str))
         self.board = SummaryWriter(str(self.folder), purge_step=self.state.get("step", -1) + 1 if resume else None)
 
@@ -213,8 +213,7 @@ class Run:
         state = json.loads((folder / "state.json").read_text()) if folder else {}
         if state.pop("settings", self.settings) != self.settings:
             print(f"note: {folder} was written with other settings")
-        rows = read_metrics(self.folder) if self.metrics.exists() else []
-        kept = [row for row in rows if row["step"] <= state.get("step", -1)]
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
         write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         return folder, state
 
@@ -237,9 +236,20 @@ def read_settings(folder: Path) -> dict:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a torn last line is left out."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line)]
+    """The rows of a run's metrics.jsonl, none where it is not there yet; a torn last line is left out. ValueError for
+    any other line that is no row."""
+    file, rows = Path(folder) / "metrics.jsonl", []
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{file} is damaged: line {number} is no row of metrics")
+    return rows
 
 
 def fingerprint(settings: dict) -> str:
@@ -248,16 +258,18 @@ def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def ending(rows: list[dict]) -> str:
+    """How a run with such rows has ended: "finished" (final policy and test), "stopped" (by guard.py), or "" if it
+    has not."""
+    last = rows[-1] if rows else {"step": 0}
+    if "stopped" in last:
+        return "stopped"
+    return "finished" if last["step"] > 0 and "test_mean_at_k" in last else ""
+
+
 def finished(folder: Path) -> bool:
-    """Whether a run has come to its end, the final policy and test."""
-    rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
-    return bool(rows) and rows[-1]["step"] > 0 and "test_mean_at_k" in rows[-1]
-
-
-def stopped(folder: Path) -> bool:
-    """Whether a run was given up as not worth going on with (guard.py)."""
-    rows = read_metrics(folder) if (Path(folder) / "metrics.jsonl").exists() else []
-    return bool(rows) and "stopped" in rows[-1]
+    """Whether a run has come to its end."""
+    return ending(read_metrics(folder)) == "finished"
 
 
 def write(path: Path, text: str) -> None:
@@ -279,8 +291,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors tell of a full disk by the latter
-        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error).splitlines()[0]
-        raise OSError(f"{path} can't be written ({reason}); the last checkpoint is kept") from error
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch is not imported here
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(f"{path} can't be written ({reason.splitlines()[0]}); the last checkpoint is kept") from error
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
@@ -290,19 +304,29 @@ def writing(path: Path) -> Iterator[None]:
 
 def seal(folder: Path) -> None:
     """Write the checksums of a folder's files, and force all of it to the disk."""
-    lines = [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
-    (folder / SUMS).write_text("\n".join(lines) + "\n")
+    lines = sums(folder)
+    (folder / SUMS).write_text("\n".join([*lines, counted(lines)]) + "\n")
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are those that were written; an earlier version's, without checksums, is believed
-    to be."""
+    """Whether a checkpoint's files are those that were written, whatever has come beside them. Of an earlier version's
+    list, which does not end with their number, nothing may; one without a list is believed to be."""
     if not (folder / SUMS).exists():
         return (folder / "state.json").exists()
-    lines = (folder / SUMS).read_text(errors="replace").splitlines()
-    return lines == [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
+    lines, found = (folder / SUMS).read_text(errors="replace").splitlines(), sums(folder)
+    return lines == found or (set(lines[:-1]) <= set(found) and lines[-1:] == [counted(lines[:-1])])
+
+
+def counted(lines: list[str]) -> str:
+    """The last line of a list of checksums, a comment to sha256sum: it tells a torn list from a whole one."""
+    return f"# {len(lines)} files"
+
+
+def sums(folder: Path) -> list[str]:
+    """The checksums of a folder's files, as sha256sum writes them."""
+    return [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
 
 
 def files(folder: Path) -> dict[str, Path]:

@@ -16,21 +16,21 @@ stage compare left in runs/, a JSON file each.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 import tyro
 
 import runs
-from checks import check
+from checks import check, read_json
 from config import differences, parse
 from distill import LESSONS
+from evaluate import EvaluateConfig
 
 # how a method is run, and besides the preset's another way to spend a step's 2,000 to 3,000 tokens. Not GRPO: with one
 # update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
@@ -148,15 +148,30 @@ def configuration(command: list[str]) -> tuple[list[str], str]:
 
 
 def check_settings(folder: Path, command: list[str]) -> None:
-    """ValueError if the folder holds a run with other settings than the command's."""
-    if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text())
-        if differ := differences(saved, parse(*configuration([*command, "--preset", "tiny"]))[0]):
-            raise ValueError(f"{folder} has other settings ({'; '.join(differ)}): move it away or delete it")
+    """ValueError if the folder holds a run, or the JSON file of its name an evaluation, with other settings than the
+    command's."""
+    place, differ = folder, []
+    if command[0] == "evaluate.py":
+        place = folder.with_name(f"{folder.name}.json")
+        differ = evaluated_otherwise(place, command) if place.exists() else []
+    elif (folder / "config.json").exists():
+        differ = differences(runs.read_settings(folder), parse(*configuration([*command, "--preset", "tiny"]))[0])
+    if differ:
+        raise ValueError(f"{place} has other settings ({'; '.join(differ)}): move it away or delete it")
+
+
+def evaluated_otherwise(file: Path, command: list[str]) -> list[str]:
+    """Which settings of an evaluation are not the command's, a piece of text each; one not there had its default."""
+    usual, wanted = (
+        json.loads(json.dumps(asdict(runs.read_config(EvaluateConfig, args)), default=str))
+        for args in ([], command[1:])
+    )
+    there = usual | read_json(file)
+    return [f"{k} {there[k]} there, {v} here" for k, v in wanted.items() if k != "out" and there[k] != v]
 
 
 def is_done(folder: Path) -> bool:
-    return runs.finished(folder) or runs.stopped(folder)
+    return bool(runs.ending(runs.read_metrics(folder)))
 
 
 def call(command: list[str], config: StudyConfig) -> None:
@@ -184,11 +199,8 @@ def run(name: str, command: str, config: StudyConfig) -> None:
         return
     program, *options = command.split()
     if not is_done(folder):
-        if any((folder / checkpoint).is_dir() for checkpoint in ("checkpoint", "checkpoint.old")):
-            options = ["--resume", str(folder)]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            options += ["--preset", "tiny", "--out", str(folder)]
+        begun = (folder / "config.json").exists()
+        options = ["--resume", str(folder)] if begun else [*options, "--preset", "tiny", "--out", str(folder)]
         call([program, *options], config)
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl"):
@@ -201,14 +213,17 @@ def main() -> None:
     for name, command in jobs.items():
         for folder in (Path("runs"), config.out):
             check_settings(folder / config.stage / name, command.split())
+    do, failed = measure if config.stage == "search" else run, 0
     with ThreadPoolExecutor(config.jobs) as pool:
-        do = measure if config.stage == "search" else run
-        running = {pool.submit(do, name, command, config): name for name, command in jobs.items()}
-        failed = 0
-        for ended in as_completed(running):
-            if error := ended.exception():
-                failed += 1
-            print(f"{running[ended]}: {f'failed, {error}' if error else 'done'}", flush=True)
+        try:
+            running = {pool.submit(do, name, command, config): name for name, command in jobs.items()}
+            for ended in as_completed(running):
+                if error := ended.exception():
+                    failed += 1
+                print(f"{running[ended]}: {f'failed, {error}' if error else 'done'}", flush=True)
+        except KeyboardInterrupt:  # the runs have had it too: they end, and what waits for its turn is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
         runs.fail(f"{failed} of {len(jobs)} runs failed; the same command goes on with them")
 

@@ -189,7 +189,12 @@ class Bench:
 
 def main() -> None:
     length = runs.read_config(Bench).length
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        compare(length, Path(folder))
+
+
+def compare(length: int, folder: Path) -> None:
+    """Count, and print beside the estimates; models are made in `folder`."""
     lora = replace(PRESETS["qwen1.5b"], model=bare(Shape(folder / "qwen")))
     sizes = read_sizes(lora.model, lora.model)
     print("| phase | sequences | counted GB | estimated GB | ratio |\n|" + "---|" * 5)

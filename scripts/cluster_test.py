@@ -25,6 +25,7 @@ import numpy as np
 
 import runs
 from checks import check, check_new
+from config import parse
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number of runs
 OPTIONS = (
@@ -55,10 +56,15 @@ class ClusterTest:
         check_new(self.out)
 
 
+def options(test: ClusterTest, seed: int) -> list[str]:
+    """A run's command line."""
+    own = f"--steps {test.steps} --generators {test.generators} --max-staleness {test.max_staleness} --seed {seed}"
+    return [*own.split(), *OPTIONS.split()]
+
+
 def trainer(test: ClusterTest, folder: Path, seed: int) -> subprocess.Popen:
     """Begin or go on with a run, in a process of its own."""
-    options = f"--steps {test.steps} --generators {test.generators} --max-staleness {test.max_staleness} --seed {seed}"
-    command = ["--resume", str(folder)] if (folder / "config.json").exists() else [*options.split(), *OPTIONS.split()]
+    command = ["--resume", str(folder)] if (folder / "config.json").exists() else options(test, seed)
     with folder.with_suffix(".log").open("a") as log:
         return subprocess.Popen([sys.executable, "ppo.py", *command, "--out", str(folder)], stdout=log, stderr=log)
 
@@ -84,7 +90,7 @@ def generators() -> dict[int, str]:
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
     if process.wait():
-        raise RuntimeError(f"a trainer failed: {folder.with_suffix('.log')} says why")
+        raise ValueError(f"a trainer failed: {folder.with_suffix('.log')} says why")
 
 
 def disturb(test: ClusterTest, rng: random.Random) -> tuple[list[Path], Counter]:
@@ -130,6 +136,7 @@ def curve(folder: Path) -> list[float]:
 
 def main() -> None:
     test = runs.read_config(ClusterTest)
+    parse(options(test, 0), "mcts")  # before Ray and minutes of runs
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     import ray
 

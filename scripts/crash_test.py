@@ -109,7 +109,7 @@ def attempt(folder: Path, phase: str = "search", number: int = 0, delay: float =
     ended = os.read(ours, 1)
     os.close(ours)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError(f"{' '.join(options)} failed: {log} says why")
+        raise ValueError(f"{' '.join(options)} failed: {log} says why")
     return "finished" if os.WIFEXITED(status) else "after" if ended else "inside"
 
 

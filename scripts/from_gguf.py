@@ -55,23 +55,38 @@ def build_tokenizer(metadata: dict) -> PreTrainedTokenizerFast:
     header = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
     if (cut := header.get("pre")) not in CUTS:
         raise ValueError(f"text is cut by the rules {cut!r}, this script knows {', '.join(CUTS)}")
+    if missing := [name for name in ("tokens", "token_type", "merges") if not isinstance(header.get(name), list)]:
+        raise ValueError(f"the metadata has no {' and no '.join(missing)}")
     tokens, kinds = header["tokens"], header["token_type"]
-    ids = {name: header.get(f"{key}_token_id") for name, key in NAMES.items()}
-    names = {name: tokens[token] for name, token in ids.items() if token is not None}
+    ids = {name: header[f"{key}_token_id"] for name, key in NAMES.items() if f"{key}_token_id" in header}
+    if wrong := [name for name, token in ids.items() if token not in range(len(tokens))]:
+        raise ValueError(f"the {wrong[0]} is number {ids[wrong[0]]} of {len(tokens)} tokens")
+    names = {name: tokens[token] for name, token in ids.items()}
     if "chat_template" not in header or "eos_token" not in names:
         raise ValueError("no chat template or no end token: use an instruct model")
 
-    merges = [tuple(pair.split(" ")) for pair in header["merges"]]
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    try:
+        merges = [tuple(pair.split(" ")) for pair in header["merges"]]
+        backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    except Exception as error:  # what tokenizers raises has no other name
+        raise ValueError(f"tokens and merges don't fit together: {first_line(error)}") from None
     backend.pre_tokenizer, backend.decoder = CUTS[cut], decoders.ByteLevel()
     backend.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])  # control
     backend.add_tokens([token for token, kind in zip(tokens, kinds) if kind == 4])  # user-defined
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = header["chat_template"]
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    if not tokenizer.apply_chat_template(turns, tokenize=False).partition("ANSWER")[2].startswith(names["eos_token"]):
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # Jinja's, or any that a template causes
+        raise ValueError(f"the chat template fails: {first_line(error)}") from None
+    if not text.partition("ANSWER")[2].startswith(names["eos_token"]):
         raise ValueError(f"the chat template ends no turn with {names['eos_token']}: completions would run on")
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def convert(config: ConvertConfig) -> None:

@@ -6,7 +6,8 @@
 A small chat model that has never seen the format never answers in it, so neither search nor samples find anything to
 learn from. The games are pretrain.py's: random plays of training multisets, of which `on_target` state their own result
 as the target and the rest another, so that format and arithmetic are taught and the search for a way is not. Whoever
-compares methods from here says so, and gives all of them the same start.
+compares methods from here says so, and gives all of them the same start. FOLDER.part is the model of the last hundred
+steps until it is finished.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class WarmUpConfig:
     """Train all weights of a chat model on written games."""
 
     model: tyro.conf.Positional[Path]  # Hugging Face name or folder
-    folder: tyro.conf.Positional[Path]  # to be written
+    folder: tyro.conf.Positional[Path]  # to be written, whole or not at all
     steps: int = 400
     batch: int = 128  # games a step
     learning_rate: float = 3e-4  # AdamW; up in a tenth of the steps, linear to 0
@@ -43,7 +44,13 @@ class WarmUpConfig:
         check_game(seed=self.seed)
         pick_device(self.device)
         check_new(self.folder)
+        check_new(self.part)
         locate(self.model)
+
+    @property
+    def part(self) -> Path:
+        """Where the model is before it is finished."""
+        return self.folder.with_name(f"{self.folder.name}.part")
 
 
 def warm_up(config: WarmUpConfig) -> list[float]:
@@ -75,8 +82,9 @@ def warm_up(config: WarmUpConfig) -> list[float]:
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            policy.lm.save_pretrained(config.folder, max_shard_size="1TB")
-            tokenizer.save_pretrained(config.folder)
+            policy.lm.save_pretrained(config.part, max_shard_size="1TB")
+            tokenizer.save_pretrained(config.part)
+    config.part.rename(config.folder)
     return losses
 
 

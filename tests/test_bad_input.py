@@ -172,15 +172,23 @@ pretrain.py --layers 0                                  | layers must be at leas
 pretrain.py --size 1                                    | size must be from 2 to 5
 pretrain.py --out empty.jsonl                           | empty.jsonl can't be written
 plots.py pie models                                     | pie
-plots.py curves nowhere                                 | none of the folders holds a run
+plots.py curves nowhere                                 | there is no nowhere
+plots.py curves models nowhere                          | there is no nowhere
+plots.py curves models                                  | none of the folders holds a run
+plots.py curves runs/words --out models                 | none of the folders holds a run
+plots.py search empty.jsonl --out models                | models is a folder: name a file
+plots.py search scores.json                             | scores.json holds no scores
 plots.py tree nowhere.json                              | nowhere.json
 plots.py tree second.jsonl                              | holds no trees
 plots.py search nowhere.json                            | nowhere.json
 plots.py search models/adapter-json/config.json         | config.json
 oracle.py                                               | name at least one model
 oracle.py no/such --samples 0                           | samples
+oracle.py models/no-template no/such                    | hf download no/such
 study.py guess                                          | guess
 study.py tune --methods dpo                             | dpo
+study.py tune --jobs 0                                  | jobs must be at least 1
+study.py tune --seeds 0                                 | seeds must be at least 1
 doctor.py --verbose                                     | doctor.py takes no options
 benchmarks/speed.py --rows 4                            | rows must be at least 8
 benchmarks/speed.py --rows                              | rows needs a value
@@ -215,6 +223,10 @@ benchmarks/random_qwen.py                               | folder
 benchmarks/random_qwen.py new --heads 5                 | a head's width must be whole and even
 benchmarks/random_qwen.py new --vocabulary 100          | vocabulary must be at least 259
 benchmarks/random_qwen.py new --dtype int8              | dtype must be one of
+scripts/cluster_test.py --alone 1                       | alone must be at least 2
+scripts/cluster_test.py --generators 7                  | 7 generators, but at most 6 shards in work
+scripts/cluster_test.py --max-staleness -1              | max_staleness must be at least 0
+scripts/cluster_test.py --out models                    | models exists already
 scripts/crash_test.py --runs 0                          | runs must be at least 1
 scripts/crash_test.py --kills -1                        | kills must be at least 0
 scripts/crash_test.py --out models                      | models exists already
@@ -242,6 +254,7 @@ def place(tmp_path_factory, checkpoint):
     }.items():
         (place / f"{name}.jsonl").write_bytes(text)
 
+    (place / "scores.json").write_text('{"scores": [], "model": "a", "search": "mcts", "children": 2}')
     for name, setting in dict(words='"seed": "one"', list='"temperature": [1]', choice='"loss": ["ppo"]').items():
         (place / "runs" / name).mkdir(parents=True)
         (place / "runs" / name / "config.json").write_text(f'{{{setting}, "tree": {{}}}}')

@@ -1,4 +1,5 @@
-"""Tests of the benchmarks beside speed.py: each command runs on a small size, and what they compare is the same."""
+"""Tests of the benchmarks beside speed.py: each command runs on a small size, and what they compare is the same. The
+arithmetic of the cluster's: benchmarks/cluster.py and scripts/cluster_test.py."""
 
 import json
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import game, learning, one_gpu, scaling, shares, training, trials
+from benchmarks import cluster, game, learning, one_gpu, scaling, shares, training, trials
 from learner import gradients, make_optimizer
 from loading import TINY, load_policy
+from scripts import cluster_test
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,62 @@ def test_tokens_to_a_score_are_those_of_the_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "KIT", tmp_path)
     assert learning.millions_to(0.1, "run-*") == 1.0 and learning.millions_to(0.1, "run-1") == 0.5
     assert learning.millions_to(0.1, "run-2") is None and learning.millions_to(0.1, "none-*") is None
+
+
+def test_a_clone_without_the_older_commit_is_told(tmp_path, monkeypatch, capsys):
+    """Prevents a traceback that ends `make bench` in a shallow clone."""
+    out = tmp_path / "learning.json"
+    monkeypatch.setattr("sys.argv", ["learning", "--before", "0" * 40, "--out", str(out)])
+    learning.main()
+    assert capsys.readouterr().out.endswith(": skipped\n") and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("generators", "staleness", "updates", "expected"),
+    [
+        (1, 0, 1.0, (3.0, 2 / 3, 0.0, 0.0)),  # 2 s of collecting, then 1 s of update
+        (1, 1, 1.0, (2.0, 1 / 2, 1.0, 0.0)),  # the update is hidden behind the next shard
+        (4, 0, 1.0, (3.0, 2 / 3, 0.0, 0.0)),  # shards as long as before: four times the work
+        (1, 1, 5.0, (5.0, 0.0, 1.0, 0.0)),  # now the trainer is what is waited for
+    ],
+)
+def test_a_simulated_cluster_of_fixed_times_is_as_on_paper(generators, staleness, updates, expected):
+    """Prevents a table of 64 generators that begin before their weights, or of a trainer that never waits."""
+    found = cluster.simulate(generators, staleness, [2.0], [updates], 400)
+    assert (found.seconds, found.waiting, found.age, found.dropped) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_shard_that_is_too_old_is_dropped_and_done_again():
+    """Prevents a simulation whose slow generators deliver what cluster.py would refuse."""
+    found = cluster.simulate(8, 1, [0.1, 0.1, 0.1, 9.0], [0.1], 400)
+    assert found.dropped > 0 and found.age <= 1
+
+
+def test_the_longest_of_several_shards():
+    """Prevents a step on paper as long as a mean shard: of two draws from 1 and 3 the larger is 1 in a quarter."""
+    assert cluster.expected_most([3.0, 1.0], 1) == 2 and cluster.expected_most([3.0, 1.0], 2) == 2.5
+
+
+def test_bytes_of_new_weights():
+    """Prevents a wire that is too slow or too fast for the model: parameters of Qwen2.5-1.5B as published, fp32."""
+    found = cluster.weight_bytes(cluster.SHAPES["1.5B"])
+    head = sum(p.numel() for p in cluster.ValueHead(1536).parameters())
+    assert found["all weights"] == 4 * (1_543_714_304 + head)
+    sizes = ((1536, 1536), (1536, 256), (1536, 256), (1536, 1536), (1536, 8960), (1536, 8960), (8960, 1536))
+    assert found["LoRA 32"] == 4 * (28 * 32 * sum(a + b for a, b in sizes) + head)
+
+
+def test_lost_and_doubled_shards_are_told(tmp_path):
+    """Prevents a cluster test that passes whatever its kills have cost."""
+    test = cluster_test.ClusterTest(steps=2, max_staleness=1, out=tmp_path / "new")
+
+    def account(*shards, age=1):
+        rows = [{"step": i + 1, "shards": some, "age_max": age} for i, some in enumerate(shards)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 0}, *rows]))
+        return cluster_test.account(test, tmp_path)
+
+    first, second = [[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]
+    assert account(first, second) == ""
+    assert account(first, second[:2]) == "1 shards lost, 0 doubled, 0 steps with too old ones"
+    assert account(first, [*second, [0, 1]]) == "0 shards lost, 1 doubled, 0 steps with too old ones"
+    assert account(first, second, age=2) == "0 shards lost, 0 doubled, 2 steps with too old ones"

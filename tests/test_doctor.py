@@ -1,9 +1,11 @@
 """Tests of doctor.py on made-up machines: fake metadata, a fake torch and a fake nvidia-smi on PATH."""
 
+import ast
 import importlib.metadata
 import re
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,3 +130,22 @@ def test_no_network(examine, monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert "is not in the hub's cache" in examine()[0]
+
+
+def test_an_old_python_is_told(examine, monkeypatch):
+    """Prevents a traceback, or silence, where the first line should say what is wrong."""
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    text, code = examine()
+    assert code == 1 and "not ready: Python 3.10 or newer is needed" in text
+    tree = ast.parse(Path(doctor.__file__).read_text(), feature_version=(3, 9))
+    assert "annotations" in [name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names]
+
+
+def test_a_kernel_that_does_not_tell_its_free_memory(examine, monkeypatch):
+    """Prevents a KeyError in a sandbox."""
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **o: "MemTotal: 8 kB\n" if self.name == "meminfo" else read(self, *a, **o)
+    )
+    text, code = examine()
+    assert code == 0 and "memory unknown" in text

@@ -186,6 +186,35 @@ def test_a_model_that_would_come_out_different_is_refused(weights, convert, tmp_
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, "the metadata has no tokens"),
+        ({"merges": None, "token_type": 3}, "the metadata has no token_type and no merges"),
+        ({"merges": ["no such"]}, "tokens and merges don't fit together"),
+        ({"merges": ["one"]}, "tokens and merges don't fit together"),
+        ({"merges": ["a b c"]}, "tokens and merges don't fit together"),
+        ({"merges": [7]}, "tokens and merges don't fit together"),
+        ({"tokens": [["a"]] * 9}, "tokens and merges don't fit together"),
+        ({"eos_token_id": len(TOKENS)}, "the eos_token is number"),
+        ({"padding_token_id": -1}, "the pad_token is number -1 of"),
+        ({"eos_token_id": "two"}, "the eos_token is number two of"),
+        ({"chat_template": "{% for"}, "the chat template fails"),
+        ({"chat_template": "{{ 1 / 0 }}"}, "the chat template fails"),
+        ({"chat_template": "{{ raise_exception('no\n\nway') }}"}, "the chat template fails: no"),
+    ],
+)
+def test_hostile_metadata_is_one_line(changes, message):
+    """Prevents a traceback out of tokenizers or Jinja, and a last token taken for number -1."""
+    build_tokenizer = runpy.run_module("scripts.from_gguf")["build_tokenizer"]
+    header = {"pre": "smollm", "tokens": TOKENS, "merges": MERGED, "chat_template": TEMPLATE, "eos_token_id": 2}
+    header["token_type"] = [3] * 5 + [1] * (len(TOKENS) - 6) + [4]
+    assert build_tokenizer(header).eos_token == "<|im_end|>"
+    with pytest.raises(ValueError, match=message) as told:
+        build_tokenizer({key: value for key, value in (header | changes).items() if value is not None})
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("size", [0, 2, 10, 100, 300, 2_000, -1])
 def test_a_torn_file_is_refused(weights, convert, tmp_path, capsys, size):
     """Prevents a traceback, or a model with holes, from a download that broke off."""

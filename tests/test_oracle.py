@@ -89,6 +89,22 @@ def test_nonsense_is_told_before_a_model_is_loaded(args, message, monkeypatch, c
     assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_what_was_judged_is_kept_when_the_next_model_fails(tmp_path, monkeypatch):
+    """Prevents hours of searches lost to the last of several models."""
+    judged = []
+
+    def judge(model, config):
+        if judged:
+            raise ValueError("no luck")
+        return judged.append(model) or {"model": model}
+
+    monkeypatch.setattr(oracle, "judge", judge)
+    monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), str(TINY), "--out", str(tmp_path / "critic.json")])
+    with pytest.raises(ValueError, match="no luck"):
+        oracle.main()
+    assert json.loads((tmp_path / "critic.json").read_text())["critics"] == [{"model": str(TINY)}]
+
+
 def test_a_policy_without_legal_steps_is_named(checkpoint, tmp_path, monkeypatch):
     """Prevents statistics of nothing."""
     monkeypatch.setattr("sys.argv", ["oracle.py", str(checkpoint), "--problems", "2", "--samples", "1",

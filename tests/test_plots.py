@@ -124,6 +124,18 @@ def test_scores_on_other_problems_are_not_subtracted(folders):
     assert leaking.startswith("| mcts, split post | 1 | **50.0% [") and "%]** | – |" in leaking
 
 
+@pytest.mark.parametrize("other", [{"size": 3}, {"test_problems": 2}])
+def test_scores_on_fewer_or_other_problems_are_not_subtracted(folders, other):
+    """Prevents a difference between four numbers and three, and a traceback about shapes."""
+    finish(folders[0], [16, 8, 0, 8])
+    finish(folders[1], [16, 8] * (1 if "test_problems" in other else 2), distill="steps", **other)
+    _, row = plots.summary_table(folders).splitlines()[2:]
+    assert "distill steps" in row and "%]** | – |" in row
+    finish(folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820)  # the defaults, written out
+    _, row = plots.summary_table(folders).splitlines()[2:]
+    assert "%]** | +0.0 [" in row
+
+
 def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, and two policies that look
     alike."""
@@ -174,6 +186,31 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["plots.py", what, *map(str, folders)])
         with pytest.raises(ValueError, match="mcts, seed 0, has no test|none of the runs has been evaluated"):
             plots.main()
+
+
+@pytest.mark.parametrize("what", ["curves", "table", "summary", "validation"])
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "{}", '{"seed": 1, "tree": 3}', '{"seed": 1, "split": []}', '{"seed": 1, "search": "x"}']
+)
+def test_a_config_of_no_run_is_named(folders, what, config):
+    """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
+    (folders[1] / "config.json").write_text(config)
+    draw = plots.TABLES.get(what, plots.learning_curves)
+    with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
+        draw(folders)
+
+
+def test_a_table_needs_no_place_for_a_figure(folders, monkeypatch, capsys, tmp_path):
+    """Prevents a table that is refused in a folder that can't be written, and an empty one without a word."""
+    (tmp_path / "curves.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["plots.py", "validation", "mcts-0"])
+    plots.main()
+    assert "| mcts-0 | 0 |" in capsys.readouterr().out
+    metrics = folders[0] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().partition("\n")[0])
+    with pytest.raises(ValueError, match="none of the runs has been evaluated yet"):
+        plots.main()
 
 
 def test_command_line(folders, tmp_path, monkeypatch, capsys):

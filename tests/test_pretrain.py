@@ -177,9 +177,18 @@ def test_pretraining_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     assert plain.config.vocab_size == len(policy.tokenizer) and policy.stop_ids == {policy.tokenizer.eos_token_id}
 
 
-def test_a_checkpoint_of_another_model_is_refused(small):
-    """Prevents a traceback of tensor shapes where --hidden was changed and --out was not."""
+def test_a_checkpoint_with_other_settings_is_refused(small, capsys):
+    """Prevents a policy that is made by two settings and says one, and a traceback of tensor shapes."""
     pretrain(small)
+    told = "pretrain.pt has other settings .hidden 32 there, 64 here; seed 0 there, 1 here.: pass them, or move it away"
+    with pytest.raises(ValueError, match=told):
+        pretrain(replace(small, hidden=64, seed=1))
+    pretrain(replace(small, save_every=1))  # what is only about how
+    saved = torch.load(small.out / "pretrain.pt")  # noqa: TID251
+    del saved["settings"]  # as an earlier version wrote it
+    torch.save(saved, small.out / "pretrain.pt")
+    pretrain(small)
+    assert capsys.readouterr().out.count("going on from step 3") == 2
     with pytest.raises(ValueError, match="pretrain.pt is of another model: pass its settings, or move it away"):
         pretrain(replace(small, hidden=64))
 

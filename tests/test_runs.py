@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -154,6 +156,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_what_is_written_is_on_the_disk_before_it_counts(run, monkeypatch):
+    """Prevents an empty file in place of a whole one, and rows that are lost, when the power goes."""
+    events, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or fsync(handle))
+    monkeypatch.setattr(Path, "replace", lambda *paths: events.append("replace") or replace(*paths))
+    runs.write(path := run.folder / "state.json", "text")
+    assert events == [path.stat().st_ino, "replace", run.folder.stat().st_ino]
+    events.clear()
+    run.log({"step": 4})
+    assert events == [run.metrics.stat().st_ino]
+
+
 def test_a_run_keeps_its_configuration_and_where_it_ran(run):
     """Prevents a result that nobody can reproduce."""
     saved = json.loads((run.folder / "config.json").read_text())
@@ -181,6 +195,14 @@ def test_a_new_run_refuses_a_folder_that_holds_one(run):
     assert read_metrics(run.folder) == [*rows(range(4)), {"step": 4}]
     saved = json.loads((run.folder / "config.json").read_text())
     assert (saved["rate"], saved["provenance"]) == (9, made)
+
+
+def test_a_run_that_begins_again_is_of_the_code_that_begins_it(run, monkeypatch):
+    """Prevents a result under a commit that has no part in it."""
+    run.lock.release()
+    monkeypatch.setattr(runs, "provenance", lambda: {"commit": "another"})
+    Run(run.folder, Settings(), resume=True).lock.release()
+    assert runs.read_settings(run.folder)["provenance"] == {"commit": "another"}
 
 
 def test_two_processes_never_write_to_one_run(run):
@@ -217,6 +239,15 @@ def test_a_torn_last_line_costs_that_line_only(run, data):
     last = json.dumps({"step": 4, "reward": 1.0})
     run.metrics.write_text(whole + last[: data.draw(st.integers(0, len(last) - 1))])
     assert read_metrics(run.folder) == rows(range(4))
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "rew', "{}", "[1]", "3", "", '{"step": "one"}', "[" * 100_000])
+def test_a_damaged_line_before_the_last_is_told(run, line):
+    """Prevents a run that goes on, or is published, without rows that it had."""
+    lines = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join([*lines[:1], line, *lines[2:]]))
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2 is no row of metrics$"):
+        read_metrics(run.folder)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -329,6 +360,7 @@ def spoil(name, how):
         spoil(runs.SUMS, lambda data: b"\xff" + data),
         lambda folder: (folder / "weights").unlink(),
         lambda folder: [path.unlink() for path in folder.iterdir()],
+        lambda folder: runs.seal(folder) or spoil(runs.SUMS, lambda data: data.replace(b"# 2", b"# 3"))(folder),
     ],
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(run, damage, capsys):
@@ -357,6 +389,21 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_one_without_any_begins_
     shutil.rmtree(run.folder / "checkpoint")
     assert resumed(run) == (None, {}) and read_metrics(run.folder) == []
     assert capsys.readouterr().out == f"{run.folder} has no checkpoint yet: from the start\n"
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_foreign_file_is_no_damage(run, earlier):
+    """Prevents a file manager's file from costing a run its newest checkpoint; an earlier version's list does not tell
+    it from a listed one."""
+    run.checkpoint(saver("first"), {"step": 1})
+    sums = run.folder / "checkpoint" / runs.SUMS
+    if earlier:
+        sums.write_text(sums.read_text().rpartition("#")[0])
+        assert runs.is_whole(run.folder / "checkpoint")
+    (run.folder / "checkpoint" / ".DS_Store").write_text("foreign")
+    assert runs.is_whole(run.folder / "checkpoint") != earlier
+    check = ["sha256sum", "--check", "--strict", runs.SUMS]
+    assert not subprocess.run(check, cwd=run.folder / "checkpoint", capture_output=True).returncode
 
 
 def test_checkpoints_of_an_earlier_version_are_read(run):
@@ -405,6 +452,19 @@ def test_a_full_disk_while_saving_is_one_line_and_keeps_the_last_checkpoint(run,
     assert resumed(run) == ("first", {"step": 1})
     run.checkpoint(saver("third"), {"step": 3})
     assert resumed(run) == ("third", {"step": 3})
+
+
+@pytest.mark.parametrize("error", [OSError(), RuntimeError(), RuntimeError("\n")])
+def test_an_error_without_a_text_is_one_line(tmp_path, error):
+    """Prevents an IndexError in the place of what went wrong."""
+    with pytest.raises(OSError, match=r"there can't be written \(\S*\); the last"), runs.writing(tmp_path / "there"):
+        raise error
+
+
+def test_a_gpu_out_of_memory_is_no_full_disk(tmp_path):
+    """Prevents advice about the disk where --rows should be lowered."""
+    with pytest.raises(torch.OutOfMemoryError), runs.writing(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):

@@ -1,8 +1,13 @@
 """Tests of study.py: which runs there are, and that none is done twice, lost or left half done."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -64,7 +69,46 @@ def test_what_is_done_is_skipped_and_what_was_interrupted_goes_on(programs, monk
     }
     failing.clear()
     start(monkeypatch, "compare", "--seeds", "2", "--methods", "mcts", "cispo")
-    assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], calls[0][2])]
+    share = str(max(1, os.cpu_count() // 2))  # of the cores, for each of two jobs
+    assert calls[4:] == [("baselines.py", ["--resume", "runs/compare/cispo-seed2"], share)]
+
+
+def test_a_run_without_a_checkpoint_is_left_to_the_program(programs, monkeypatch):
+    """Prevents the loss of a run that another process is writing: the program asks for its lock, the study does not."""
+    folder = Path("runs/compare/mcts-seed1")
+    folder.mkdir(parents=True)
+    config = parse(f"{dict(study.compare(StudyConfig('compare')))['mcts-seed1']} --preset tiny".split()[1:], "mcts")[0]
+    (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
+    (folder / "trees").mkdir()
+    start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
+    assert programs[0][0][1] == ["--resume", str(folder)] and (folder / "trees").exists()
+
+
+def test_ctrl_c_ends_the_study(programs, monkeypatch):
+    """Prevents a study that begins its next runs, for hours, after Ctrl-C."""
+    begun, over = threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **options):
+            over.set() if wait else None
+            super().shutdown(wait, **options)
+            over.set()
+
+    def interrupted(command, **_):
+        programs[0].append(command)
+        if len(programs[0]) == 1:
+            begun.wait(60)
+            time.sleep(0.3)  # a signal between Python's last look and the wait itself would be seen after the wait
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            over.wait(60)
+        return SimpleNamespace(returncode=130, stderr="")
+
+    monkeypatch.setattr(study, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(study, "as_completed", lambda futures: begun.set() or as_completed(futures))
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(monkeypatch, "compare", "--jobs", "1")
+    assert len(programs[0]) == 1
 
 
 def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
@@ -109,6 +153,8 @@ def test_committed_runs_are_what_the_study_asks_for():
             study.check_settings(Path(study.__file__).parent / "results" / stage / name, command.split())
             found += runs.finished(Path(study.__file__).parent / "results" / stage / name)
     assert found >= 29
+    searched = {file.stem for file in (Path(study.__file__).parent / "results" / "search").iterdir()}
+    assert searched == dict(study.search(StudyConfig("search"))).keys()
 
 
 @pytest.mark.parametrize("stage", [stage for stage in study.STAGES if stage != "search"])
@@ -141,7 +187,7 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
         if config.search == "mcts" and config.children == 8:
             return SimpleNamespace(returncode=2, stderr="error: no luck\n")
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text("{}")
+        config.out.write_text(json.dumps(asdict(config), default=str))
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.chdir(tmp_path)
@@ -152,11 +198,9 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
     assert "before-mcts-children8: failed, error: no luck" in capsys.readouterr().out
     assert len(calls) == 8 + 2 and len({str(config) for config in calls}) == 8
     assert len(list((tmp_path / "results/search").iterdir())) == 6
-
-
-@pytest.mark.parametrize("args", [["guess"], ["tune", "--methods", "dpo"], ["tune", "--jobs", "0"]])
-def test_nonsense_is_one_line(args, monkeypatch, capsys):
-    """Prevents a traceback, or a study of nothing."""
-    with pytest.raises((SystemExit, ValueError)):
-        start(monkeypatch, *args)
-    assert capsys.readouterr().err.count("\n") <= 1
+    for folder in ("runs", "results"):
+        for file in Path(folder, "search").iterdir():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.5}))
+        with pytest.raises(ValueError, match=f"{folder}/search/before-best-of-n.json .*temperature 0.5 there, 1.0"):
+            start(monkeypatch, "search")
+        shutil.rmtree(folder)

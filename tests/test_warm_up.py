@@ -1,6 +1,7 @@
 """Tests of scripts/warm_up.py: a chat model that knows nothing of the game writes its format afterwards."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from benchmarks.random_qwen import THIN, Shape, make_checkpoint
 from config import parse
 from loading import load_policy
 from sampling import TorchSampler, complete
+from scripts import warm_up as module
 from scripts.warm_up import WarmUpConfig, warm_up
 
 
@@ -41,3 +43,22 @@ def test_what_is_written_is_a_model_like_the_one_before(warm):
     there, here = (load_policy(folder, train=False) for folder in (config.model, config.folder))
     assert there.tokenizer.chat_template == here.tokenizer.chat_template and there.stop_ids == here.stop_ids
     assert parse(["--preset", "tiny", "--model", str(config.folder)], "mcts")[0].model == str(config.folder)
+
+
+def test_an_interrupted_warm_up_does_not_pass_for_a_finished_one(warm, tmp_path, monkeypatch):
+    """Prevents a study from a start that is half warm, and the loss of the steps until then."""
+    config = replace(warm[0], folder=tmp_path / "warm", steps=101, batch=1)
+    play = module.games
+
+    def interrupted(lesson, step):
+        if step == 100:
+            raise KeyboardInterrupt
+        return play(lesson, step)
+
+    monkeypatch.setattr(module, "games", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        warm_up(config)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["warm.part"]
+    load_policy(config.part, train=False)
+    with pytest.raises(ValueError, match="warm.part exists already: remove it or name another folder"):
+        replace(config)
