@@ -79,7 +79,7 @@ class Config:
     schedule: str = "linear"  # linear (to 0), constant
     warmup: int = 10  # steps
     inner_steps: int = 1  # passes over a step's trajectories
-    clip_gradient: float = 1.0  # norm of the model's gradient, and of the value head's, each apart
+    clip_gradient: float = 0.1  # norm of the model's gradient, and of the value head's, each apart (the post: together)
     loss: str = "cispo"  # cispo, ppo
     # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer: the post, ratio 1 at first),
     # truncated (recomputed, and the loss weighted by min(pi_trainer / pi_sampler, importance_cap))
@@ -195,7 +195,7 @@ def differences(saved: dict, config: Config) -> list[str]:
 
 QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
-    temperature=0.8, problems=16, clip_gradient=0.1, failures=True, eval_temperature=0.2,
+    temperature=0.8, problems=16, failures=True, eval_temperature=0.2,
 )  # fmt: skip
 PRESETS = {
     "tiny": Config(),

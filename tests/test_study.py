@@ -139,7 +139,7 @@ def test_a_run_with_other_settings_is_not_taken_for_done(programs, monkeypatch, 
     """Prevents a table of runs that are not what study.py says they are, after one of its settings was changed."""
     start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
     shutil.rmtree("results" if where == "runs" else "runs")
-    monkeypatch.setattr(study, "CHOSEN", "1e-4")
+    monkeypatch.setattr(study, "BUDGET", "--tokens 1000000 --learning-rate 1e-4")
     with pytest.raises(ValueError, match=f"{where}/compare/mcts-seed1 .*learning_rate 0.0003 there, 0.0001 here"):
         start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
     assert len(programs[0]) == 1
@@ -173,7 +173,7 @@ def test_every_command_is_a_configuration(stage, monkeypatch, tmp_path):
         ppo.run(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
     assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
     assert len({str(config) for config in found}) == len(jobs)
-    assert {config.tokens for config in found} == {{"tune": 300_000, "chat": 400_000}.get(stage, 1_000_000)}
+    assert {config.tokens for config in found} == {400_000 if stage == "chat" else 1_000_000}
 
 
 def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
