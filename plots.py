@@ -25,7 +25,7 @@ import runs
 from checks import check_choices, check_writable, read_json
 from config import Config, settings
 
-COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#8d99ae"}
+COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 DRAWS = 2_000  # of the bootstrap
 ALONG = {
     "generated": "generated tokens",
@@ -87,13 +87,15 @@ def along(rows: list[dict], x: str) -> list[float]:
 
 
 def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
-    """Validation score against `x` (generated tokens, seconds or CPU seconds), a line a method: the mean over seeds,
-    and a thin line for each seed. Returns the matplotlib figure."""
+    """Validation score against `x` (generated tokens, seconds or CPU seconds): for each method the mean over seeds, in
+    a band from the lowest seed to the highest. Returns the matplotlib figure."""
     curves, styles, free = defaultdict(list), {}, defaultdict(lambda: cycle(["-", "--", ":", "-."]))
+    ks = set()
     for name, found in by_method(folders).items():
         styles[name] = next(free[name.partition(",")[0]])  # the same whatever x is
         for _, rows in found:
             points = [(at, 100 * row[key]) for at, row in zip(along(rows, x), rows) if key in row]
+            ks |= {str(row["eval_k"]) for row in rows if key in row}
             if points and points[-1][0]:
                 curves[name].append(tuple(zip(*points)))
     if not curves:
@@ -101,17 +103,16 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, seeds in curves.items():
-        color, style = COLORS.get(name.partition(",")[0]), styles[name]
-        for xs, ys in seeds:
-            axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
-        end = min(max(xs) for xs, _ in seeds)
-        grid = np.linspace(max(min(xs) for xs, _ in seeds), end, 50)
-        mean = np.mean([np.interp(grid, xs, ys) for xs, ys in seeds], axis=0)
+        color = COLORS.get(name.partition(",")[0])
+        start, end = max(min(xs) for xs, _ in seeds), min(max(xs) for xs, _ in seeds)
+        grid = np.linspace(start, end, 50)
+        scores = np.array([np.interp(grid, xs, ys) for xs, ys in seeds])  # [seeds, 50]
         label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        axes.plot(grid, mean, style, color=color, linewidth=2.2, label=label)
+        axes.plot(grid, scores.mean(0), styles[name], color=color, linewidth=2.2, label=label)
+        axes.fill_between(grid, scores.min(0), scores.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(ALONG[x])
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_ylabel("validation mean@k, %")
+    axes.set_ylabel(f"validation mean@{'/'.join(sorted(ks))}, %")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -146,7 +147,7 @@ def search_curves(files: list[Path], axes=None):
             linestyle=("--", "-", ":", "-.")[models.index(one["model"]) % 4],
             marker="o",
             markersize=3,
-            label=f"{name}, {one['model']}",
+            label=f"{name}, {one['model']}" if len(models) > 1 else name,
         )
     axes.set_xscale("log", base=4)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -28,11 +28,15 @@ def folders(tmp_path):
 
 def test_curves_average_the_seeds_of_a_method(folders):
     """A curve that shows one seed, or shares for per cent, would mislead."""
-    lines = plots.learning_curves(folders).axes[0].get_lines()
-    seeds, mean = lines[:2], lines[2]
-    assert [list(line.get_xdata()) for line in seeds] == [[1_000, 2_000, 3_000, 4_000]] * 2
-    assert mean.get_label() == "mcts (2 seeds)" and mean.get_ydata()[0] == pytest.approx(10)
-    assert mean.get_ydata()[-1] == pytest.approx(40)
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"eval_mean": 3 * row["eval_mean"]} if "eval_mean" in row else row for row in lines]
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axes = plots.learning_curves(folders).axes[0]
+    (mean,), (band,) = axes.get_lines(), axes.collections
+    assert (mean.get_xdata()[0], mean.get_xdata()[-1]) == (1_000, 4_000) and axes.get_ylabel().endswith("mean@4, %")
+    assert mean.get_label() == "mcts (2 seeds)" and mean.get_ydata()[[0, -1]] == pytest.approx([20, 80])
+    at_the_end = band.get_paths()[0].vertices[:, 1][band.get_paths()[0].vertices[:, 0] == 4_000]
+    assert (at_the_end.min(), at_the_end.max()) == pytest.approx((40, 120))
 
 
 def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
@@ -40,8 +44,8 @@ def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
     lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     rows = [row | {"cpu_seconds": 2.0} if "eval_mean" in row else row for row in lines]
     (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seed, mean = plots.learning_curves(folders, "cpu_seconds").axes[0].get_lines()
-    assert list(seed.get_xdata()) == [2, 4, 6, 8] and mean.get_label() == "mcts (1 seed)"
+    (mean,) = plots.learning_curves(folders, "cpu_seconds").axes[0].get_lines()
+    assert (mean.get_xdata()[0], mean.get_xdata()[-1]) == (2, 8) and mean.get_label() == "mcts (1 seed)"
     with pytest.raises(ValueError, match="none of the runs"):
         plots.learning_curves(folders[1:], "cpu_seconds")
 
@@ -148,7 +152,10 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     rival, tree = (container.lines[0] for container in figure.axes[0].containers)
     assert list(tree.get_xdata()) == [16, 200] and list(rival.get_xdata()) == [15, 4_000]
     assert tree.get_ydata() == pytest.approx([20, 20])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["best-of-n, a", "mcts, K = 2, a"]
+    (tmp_path / "other.json").write_text(json.dumps(one | {"model": "b"}))
+    figures = figure, plots.search_curves(sorted(tmp_path.iterdir()))
+    one, two = ([text.get_text() for text in f.axes[0].get_legend().get_texts()] for f in figures)
+    assert one == ["best-of-n", "mcts, K = 2"] and two == ["best-of-n, a", "mcts, K = 2, a", "best-of-n, b"]
 
 
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
