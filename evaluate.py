@@ -24,7 +24,7 @@ from checks import check, check_choices, check_writable
 from countdown import Problem, check_game, make_problems, read_problems
 from distill import best_answer
 from engines import make_sampler, pick_sampler
-from loading import TINY, load_policy, locate, pick_device, read_shape, read_tokenizer
+from loading import TINY, load_policy, locate, pick_device, read_model_config, read_tokenizer
 from mcts import SearchConfig, search
 from policy import Policy, encode
 from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
@@ -208,7 +208,8 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
     folder, base = locate(config.model)
     tokenizer = read_tokenizer(folder, base)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)
-    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens)
+    over = config.tree(1).step_tokens - 1 if config.search == "mcts" else 0  # a step is cut after it is drawn
+    check_context(context_of(read_model_config(folder, base)), longest, config.max_tokens + over)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
     context = longest + config.max_tokens
     sampler = make_sampler(engine, policy, context, config.rows, config.kept, config.cache_gb, config.seed)

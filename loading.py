@@ -69,7 +69,7 @@ def load_policy(
         raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
     if train and not lora and quantize != "none":
         raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
-    read_shape(folder, base)
+    read_model_config(folder, base)
     tokenizer = read_tokenizer(folder, base)
     dtype = getattr(torch, dtype)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -120,7 +120,7 @@ AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
-def read_shape(folder: str, base: str) -> PreTrainedConfig:
+def read_model_config(folder: str, base: str) -> PreTrainedConfig:
     """A model's config.json. ValueError if it can't be had, or for a model that this kit would run wrongly."""
     try:
         shape = AutoConfig.from_pretrained(base, trust_remote_code=False)

@@ -29,7 +29,7 @@ from checks import read_json
 from config import Config
 from countdown import Problem
 from engines import MAX_SEQUENCES, pick_sampler
-from loading import locate, read_shape, read_tokenizer
+from loading import locate, read_model_config, read_tokenizer
 from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, encode
 from sampling import DRAW_CHUNK, KEPT, check_context, context_of
 
@@ -89,7 +89,7 @@ class Sizes:
 
 def read_sizes(folder: str, base: str) -> Sizes:
     """A model's sizes, from a copy without weights. ValueError if its config.json can't be had."""
-    config = read_shape(folder, base)
+    config = read_model_config(folder, base)
     with torch.device("meta"):
         lm, value_head = AutoModelForCausalLM.from_config(config), ValueHead(config.hidden_size)
     linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not lm.get_output_embeddings()]
@@ -252,7 +252,7 @@ def plan(config: Config, device: str) -> Plan:
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
     over = config.tree.step_tokens - 1 if config.search == "mcts" else 0  # a step is cut after it is drawn
-    check_context(context_of(read_shape(folder, base)), longest, config.max_tokens + over)
+    check_context(context_of(read_model_config(folder, base)), longest, config.max_tokens + over)
     if not on_gpu and not config.gpu_memory:
         return Plan(engine, longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2

@@ -95,9 +95,9 @@ def read_values(policy: Policy, states: list[list[int]]) -> tuple[list[float], U
     return values, Usage(valued=sum(map(len, states)), critic_seconds=time.perf_counter() - began)
 
 
-def context_of(shape) -> int:
+def context_of(model_config) -> int:
     """The positions that a model was made for, by its config.json."""
-    return getattr(shape, "max_position_embeddings", 10**9)
+    return getattr(model_config, "max_position_embeddings", 10**9)
 
 
 def check_context(limit: int, longest: int, max_tokens: int) -> None:
