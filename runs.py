@@ -107,9 +107,10 @@ def processor() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Versions, machine and commit behind a run."""
+    """Versions, machine, threads and commit behind a run."""
     machine = f"{os.cpu_count()} cores, {processor()}"
     found = {"python": platform.python_version(), "machine": machine} | versions()
+    found["threads"] = os.environ.get("OMP_NUM_THREADS", "all")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -73,6 +73,7 @@ ppo.py --tree.c-puct inf                                | c_puct must be a finit
 ppo.py --tree.prior best                                | prior must be one of mean, sum, count, uniform
 ppo.py --tree.temperature 0.5                           | tree.temperature is the run's: set temperature
 ppo.py --tree.max-tokens 5                              | tree.max_tokens is the run's: set max_tokens
+ppo.py --search mcts --max-tokens 440                    | 503 new tokens exceed the context of 512
 ppo.py --max-tokens 500                                 | new tokens exceed the context of 512
 ppo.py --out empty.jsonl                                | empty.jsonl can't be written
 ppo.py --out empty.jsonl/run                            | empty.jsonl/run can't be written
