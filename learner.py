@@ -147,17 +147,16 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
     loss's parts."""
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
-    furthest: list[Tensor] = []
     taught = [t for t in trajectories if not t.critic_only]
     judged = [t for t in trajectories if t.critic_only and t.teaches_critic]
     for some, loss_of in (taught, batch_loss), (judged, critic_batch_loss):
         for group in micro_batches(ranks.share(some, length), micro_tokens):
             loss, means = loss_of(policy, group, config, trajectories)
             loss.backward()
-            furthest += [means.pop("disagreement_max")] if "disagreement_max" in means else []
             for key, value in means.items():
-                sums[key] = sums.get(key, 0.0) + value.item()
-    return sums | ({"disagreement_max": torch.stack(furthest).max().item()} if furthest else {})
+                before, value = sums.get(key, 0.0), value.item()
+                sums[key] = max(before, value) if key == "disagreement_max" else before + value
+    return sums
 
 
 def length(trajectory: Trajectory) -> int:
