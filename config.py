@@ -195,7 +195,7 @@ def differences(saved: dict, config: Config) -> list[str]:
 
 QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
-    temperature=0.8, problems=16, failures=True, eval_temperature=0.2,
+    temperature=0.8, problems=16, eval_temperature=0.2,
 )  # fmt: skip
 PRESETS = {
     "tiny": Config(),
@@ -205,7 +205,7 @@ PRESETS = {
     ),
     "post": Config(  # hyper-parameters of the post, not its bugs; 1,600 simulations a problem
         preset="post", **QWEN, tokens=0, steps=2_048, samples=64, learning_rate=5e-6, value_learning_rate=5e-6,
-        warmup=0, value_gradient=True,
+        warmup=0, value_gradient=True, failures=True,
         tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
     ),
 }  # fmt: skip
