@@ -19,6 +19,7 @@ from mcts import SearchConfig
 
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
+EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
 
@@ -50,7 +51,7 @@ class Config:
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
     reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
-    failures: bool = False  # distil wrong answers too (the post); off, they teach the critic alone
+    failures: bool = False  # distil wrong answers too (the post); off, they teach the critic at most
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
@@ -181,7 +182,7 @@ def check_cluster(config: Config) -> None:
 def settings(saved: dict) -> dict:
     """The settings in a config.json that decide a run's result, flat: a field that was not there yet had its default,
     and a model is known by its name, wherever its folder lies."""
-    whole = asdict(Config()) | {"failures": True} | saved  # before that was a setting, they were distilled
+    whole = asdict(Config()) | EARLIER | saved
     tree = asdict(TINY_TREE) | saved.get("tree", {})
     kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}
     return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
@@ -258,7 +259,7 @@ def resumed(args: list[str]) -> Config:
         runs.fail(f"{folder}/config.json is damaged: its tree is no JSON object")
     known, known_tree = ({f.name for f in fields(kind)} for kind in (Config, SearchConfig))
     gone = sorted(saved.keys() - known - {"provenance"}) + [f"tree.{name}" for name in sorted(tree.keys() - known_tree)]
-    kept = {"sampler": "torch"} | {key: value for key, value in saved.items() if key in known}
+    kept = EARLIER | {key: value for key, value in saved.items() if key in known}
     tree = SearchConfig(**{key: value for key, value in tree.items() if key in known_tree})
     config = default = Config(**kept | {"out": folder, "tree": tree})
     if options:

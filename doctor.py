@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SHOWN = ("torch", "transformers", "peft", "bitsandbytes", "vllm")
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"  # the model of preset qwen1.5b
-GPU_GB = {"": 14, "--sampler torch": 6, "--quantize nf4": 4}  # that preset qwen1.5b takes, by memory.py's estimate
+VLLM_GB = 14  # that preset qwen1.5b takes with vLLM, by memory.py's estimate
+GPU_GB = {"": 6, "--quantize nf4": 4}  # with the torch sampler
 
 
 def installed(package: str) -> str | None:
@@ -100,7 +101,7 @@ def main(args: Sequence[str] = ()) -> None:
         versions, wrong = "packaging is missing", ["packaging"]
     preset, sampler, device = "tiny", "torch", "cpu"
     if free:
-        preset, sampler, device = "qwen1.5b", "vllm" if installed("vllm") else "torch", "cuda"
+        preset, sampler, device = "qwen1.5b", "vllm" if installed("vllm") and free >= VLLM_GB else "torch", "cuda"
     needs = []
     if sys.version_info < (3, 10):  # noqa: UP036
         needs.append("Python 3.10 or newer is needed")

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 class Guard:
     """A step is bad if the KL divergence from the reference is above `max_kl` nats a token, or if no answer has the
     format although most of an earlier step's had it. `patience` bad steps in a row stop the run: one alone may be an
-    outlier, the estimate of the divergence being an exponential of the log-ratio."""
+    outlier, the estimate of the divergence being an exponential of the log-ratio. A step that taught the policy nothing
+    has no KL and, if it is not bad for its format, no say where earlier ones had one."""
 
     max_kl: float
     patience: int
     knew: bool = False  # most answers of some step had the format
     bad: int = 0  # steps in a row
+    measured: bool = False  # some step had a KL
 
     def check(self, row: dict) -> str:
         """Take one step's row of metrics; why the run should stop after it, or nothing."""
@@ -30,7 +32,9 @@ class Guard:
             reasons.append(f"KL {row['kl']:.1f} nats a token, --max-kl {self.max_kl:g}")
         if self.knew and row["parsed"] == 0:
             reasons.append("no answer has the format any more")
-        self.bad = self.bad + 1 if reasons else 0
+        self.measured |= "kl" in row
+        if reasons or "kl" in row or not self.measured:
+            self.bad = self.bad + 1 if reasons else 0
         if self.bad < self.patience:
             return ""
         return f"collapsed, {self.bad} bad steps in a row: {'; '.join(reasons)}"

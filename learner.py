@@ -9,8 +9,8 @@ Deviations from the post: the ratio uses the log-probabilities recorded while sa
 the clip inert); trainable weights and optimiser state are fp32; the value loss does not reach the backbone unless
 asked; the gradients of model and value head are clipped apart, so that a critic that is far off does not shorten the
 policy's step. What teaches the critic alone (wrong answers, with --no-failures) is not run through the vocabulary
-head, and moves no weight of the model. How far sampler and trainer are apart is measured at every step, on that step's
-own samples.
+head, and moves no weight of the model unless the value loss may. How far sampler and trainer are apart is measured on
+what each step teaches the policy.
 """
 
 import math

@@ -123,17 +123,17 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 def read_model_config(folder: str, base: str) -> PreTrainedConfig:
     """A model's config.json. ValueError if it can't be had, or for a model that this kit would run wrongly."""
     try:
-        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with it raises its own
         raise ValueError(explain(folder, base, error)) from None
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
-    if not kind or kind.base_model_prefix != "model" or shape.is_encoder_decoder or not hasattr(shape, "hidden_size"):
-        raise ValueError(f"{base}: {shape.model_type} is no decoder of text alone, or of another make than Llama's")
-    if kind._is_stateful or set(getattr(shape, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{base}: {shape.model_type} has layers without attention, whose state is not kept here")
-    if changed := [name for name in LOGITS if getattr(shape, name, None) not in (None, 1)]:
-        raise ValueError(f"{base}: {shape.model_type} changes its logits ({changed[0]}), which is not done here")
-    return shape
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not kind or kind.base_model_prefix != "model" or config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+        raise ValueError(f"{base}: {config.model_type} is no decoder of text alone, or of another make than Llama's")
+    if kind._is_stateful or set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{base}: {config.model_type} has layers without attention, whose state is not kept here")
+    if changed := [name for name in LOGITS if getattr(config, name, None) not in (None, 1)]:
+        raise ValueError(f"{base}: {config.model_type} changes its logits ({changed[0]}), which is not done here")
+    return config
 
 
 def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:

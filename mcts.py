@@ -361,7 +361,8 @@ def wave(trees: list[Tree], sampler, critic, grade, config: SearchConfig) -> Usa
                 for node in leaf.path():
                     node.pending += 1
                 selected.append((tree, leaf))
-        usage = expand(selected, sampler, config) + evaluate(selected, critic, grade)
+        usage = expand(selected, sampler, config)
+        usage += evaluate(selected, critic, grade)
         for _, leaf in selected:
             backup(leaf, leaf.value)
         return usage

@@ -64,7 +64,8 @@ class Plan:
         batch = f"a cache of {self.cache_gb:.2f} GB" if self.cache_gb else f"{self.rows:,} sequences together"
         notes = ("", "with gradients and optimiser state", batch, f"{self.micro_tokens:,} tokens in a micro-batch")
         lines = [f"  {part:16s}{size:7.2f}  {note}".rstrip() for (part, size), note in zip(self.parts.items(), notes)]
-        return "\n".join([f"GPU memory, estimated, {self.need:.2f} of {self.budget:.2f} GB:", *lines] if lines else [])
+        head = f"GPU memory with the {self.engine} sampler, estimated, {self.need:.2f} of {self.budget:.2f} GB:"
+        return "\n".join([head, *lines] if lines else [])
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,9 @@ def plan(config: Config, device: str) -> Plan:
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
     adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
+    sizes = read_sizes(folder, base)
     for sampler in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
-        costs = Costs(config, read_sizes(folder, base), longest, sampler, adapter)
+        costs = Costs(config, sizes, longest, sampler, adapter)
         found = fit(costs, budget)
         if found.need <= budget:
             break

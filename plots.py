@@ -49,6 +49,11 @@ def load(folder: Path) -> RUN:
     return config, runs.read_metrics(folder)
 
 
+def named(key: str, value: object) -> str:
+    """A setting in a row's name."""
+    return f"{key} {value}" if not isinstance(value, bool) else key if value else f"no {key}"
+
+
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     """Runs that differ in nothing but their seed together, under their method's name. Where the runs of some method
     differ in more, such settings, if other than the default, are part of every name."""
@@ -60,7 +65,7 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     varied = {key for (_, key), some in values.items() if len(some) > 1}
     for told, config, rows in loaded:
         other = [
-            {False: f"no {key}", True: key}.get(told[key], f"{key.split('.')[-1]} {told[key]}")
+            named(key.split(".")[-1], told[key])
             for key, usual in settings(asdict(Config())).items()
             if key != "seed" and told[key] != usual and key in varied
         ]

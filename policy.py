@@ -189,7 +189,7 @@ class Policy(nn.Module):
 
     def state_values(self, batch: Batch, value_gradient: bool = False) -> Tensor:
         """V(s_t) [B, T] alone, without the vocabulary head; its gradient stops at the backbone by default."""
-        with self.recomputing(), torch.set_grad_enabled(value_gradient):
+        with self.recomputing(), nullcontext() if value_gradient else torch.no_grad():
             _, hidden = self._states(batch)
         return self.value_head(hidden)
 

@@ -107,11 +107,12 @@ def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[st
     gradient of gets none."""
     if world() == 1:
         return figures
-    for parameter, moved in zip(parameters, zip(*gather([p.grad is not None for p in parameters]))):
+    told = gather(([p.grad is not None for p in parameters], figures))
+    for parameter, moved in zip(parameters, zip(*(flags for flags, _ in told))):
         if any(moved):
             if parameter.grad is None:  # this rank had no share
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
-    found = gather(figures)
+    found = [figures for _, figures in told]
     names = dict.fromkeys(name for one in found for name in one)
     return {name: HOW.get(name, sum)([one[name] for one in found if name in one]) for name in names}

@@ -221,7 +221,7 @@ def main() -> None:
                 if error := ended.exception():
                     failed += 1
                 print(f"{running[ended]}: {f'failed, {error}' if error else 'done'}", flush=True)
-        except KeyboardInterrupt:  # the runs have had it too: they end, and what waits for its turn is not begun
+        except KeyboardInterrupt:  # in a terminal the runs have had it too; what waits for its turn is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:

@@ -121,7 +121,8 @@ def count_update(config: Config, rows: int, length: int) -> int:
         optimizer.zero_grad(set_to_none=True)
         count.peak = count.now
         batch_loss(policy, [one] * rows, config, [one] * rows)[0].backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient, foreach=True)
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], config.clip_gradient, foreach=True)
         optimizer.step()
         return count.peak
 

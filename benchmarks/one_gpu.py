@@ -121,6 +121,7 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     args += ["--tree.simulations", str(bench.simulations), "--tree.step-tokens", str(bench.step_tokens)]
+    args += ["--failures"]  # random weights have no right answers to learn from
     program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
     done = subprocess.run([sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True)

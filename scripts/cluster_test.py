@@ -29,7 +29,7 @@ from config import parse
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number of runs
 OPTIONS = (
-    "--preset tiny --device cpu --tokens 0 --problems 24 --shards 3 --tree.simulations 16 --checkpoints 20 "
+    "--preset tiny --failures --device cpu --tokens 0 --problems 24 --shards 3 --tree.simulations 16 --checkpoints 20 "
     "--evaluations 5 --eval-problems 100 --eval-samples 4 --test-problems 20 --test-samples 1 --no-test-before "
     "--cluster auto --generator-timeout 30"
 )

@@ -38,7 +38,7 @@ PHASES = {
 OPTIONS = (
     "--preset tiny --device cpu --steps 6 --tokens 0 --problems 4 --max-tokens 64 --tree.simulations 8 --warmup 0 "
     "--train-problems 50 --evaluations 3 --eval-problems 8 --eval-samples 2 --test-problems 8 --test-samples 2 "
-    "--checkpoints 3"
+    "--checkpoints 3 --failures"
 )
 
 

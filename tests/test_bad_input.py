@@ -91,7 +91,7 @@ ppo.py --model empty.jsonl                              | is a file: pass the fo
 ppo.py --model models/no-template                       | no chat template: use an instruct model
 baselines.py                                            | pass --method best-of-n | cispo | grpo
 baselines.py --method                                   | pass --method
-baselines.py --method mcts                              | runs best-of-n, cispo, grpo, not 'mcts'
+baselines.py --method mcts                              | pass --method
 baselines.py --method cispo --search mcts               | --search belongs to ppo.py
 baselines.py --method cispo --samples 1                 | cispo compares the samples of a problem
 baselines.py --method grpo --samples 1                  | grpo compares the samples of a problem

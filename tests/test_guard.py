@@ -17,6 +17,7 @@ def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
     guard, found = Guard(Config().max_kl, Config().patience), runs.read_metrics(run.parent)
     stopped = [row["step"] for row in found if guard.check(row)]
     assert stopped[:1] == [row["step"] for row in found if "stopped" in row]
+    assert stopped or [row["eval_parsed"] for row in found if "eval_parsed" in row][-1] > 0.5
 
 
 def rows(*parsed, kl=0.0):
@@ -37,6 +38,8 @@ def rows(*parsed, kl=0.0):
         (rows(1, 1, kl=9) + rows(1, 1) + rows(1, 1, kl=9), None),  # outliers
         (rows(1, 0, 0) + [{"trajectories": 0}, {"test_parsed": 0.0}] + rows(0), 5),  # no news
         ([{"parsed": 1.0}] * 9, None),  # no KL is measured
+        ((rows(1, kl=9) + [{"parsed": 1.0}]) * 3, 4),  # nothing was taught in between
+        (rows(1, kl=9) * 2 + [{"parsed": 0.0}], 2),
     ],
 )
 def test_a_run_stops_after_three_bad_steps_in_a_row(steps, stopped):

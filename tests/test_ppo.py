@@ -367,7 +367,7 @@ def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config
     with pytest.raises(runs.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
         train(config, collect_samples)  # of the first step the policy is its own reference
     assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
-    assert runs.stopped(config.folder) and not runs.finished(config.folder)
+    assert runs.ending(read_metrics(config.folder)) == "stopped" and not runs.finished(config.folder)
     assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
     with pytest.raises(runs.Stopped, match="step 3"):
         train(config, collect_samples, resume=True)

@@ -42,7 +42,7 @@ def qwen_config(qwen, tmp_path):
         small = dict(
             model=str(qwen), out=tmp_path / "run", device="cpu", train_problems=20, tokens=0, steps=2, problems=3,
             max_tokens=24, warmup=0, evaluations=1, eval_problems=1, eval_samples=1, test_problems=1, test_samples=1,
-            learning_rate=1e-3, tree=SearchConfig(simulations=6, children=2, step_tokens=12),
+            learning_rate=1e-3, failures=True, tree=SearchConfig(simulations=6, children=2, step_tokens=12),
         )  # fmt: skip
         return Config(**(small | KINDS[kind] | changes))
 

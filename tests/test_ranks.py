@@ -58,13 +58,19 @@ def test_more_processes_than_cards_is_one_line(monkeypatch):
 def test_figures_of_two_ranks_are_those_of_one(monkeypatch):
     """Prevents a loss that is half of what it is, and a rank that runs out of memory again at every step."""
 
-    def gather(found, figures):
-        found[:] = [figures, {"disagreement_max": 0.3, "micro_tokens": 50}]  # a rank without a share
+    def gather(found, ours):
+        found[:] = [ours, ([False, True, False], {"disagreement_max": 0.3, "micro_tokens": 50})]
 
     together(monkeypatch, 2, 0)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    ours = {"policy_loss": 1.5, "disagreement_max": 0.1, "micro_tokens": 100}
-    assert ranks.add_up([], ours) == {"policy_loss": 1.5, "disagreement_max": 0.3, "micro_tokens": 50}
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.mul_(2).add_(1))
+    ours, parameters = (
+        {"policy_loss": 1.5, "disagreement_max": 0.1, "micro_tokens": 100},
+        [torch.ones(1) for _ in "abc"],
+    )
+    parameters[0].grad = torch.ones(1)
+    assert ranks.add_up(parameters, ours) == {"policy_loss": 1.5, "disagreement_max": 0.3, "micro_tokens": 50}
+    assert [p.grad for p in parameters] == [3, 1, None]  # what no rank has a gradient of stays without, and unmoved
 
 
 def test_vllm_is_left_to_generators(monkeypatch):
