@@ -80,7 +80,7 @@ class Config:
     schedule: str = "linear"  # linear (to 0), constant
     warmup: int = 10  # steps
     inner_steps: int = 1  # passes over a step's trajectories
-    clip_gradient: float = 0.1  # norm of the model's gradient, and of the value head's, each apart (the post: together)
+    clip_gradient: float = 0.1  # norm of the model's gradient, and of the value head's, each apart
     loss: str = "cispo"  # cispo, ppo
     # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer: the post, ratio 1 at first),
     # truncated (recomputed, and the loss weighted by min(pi_trainer / pi_sampler, importance_cap))
