@@ -39,6 +39,11 @@ def values(settings: object, name: str) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
+def differing(there: dict, here: dict) -> list[str]:
+    """Which of the settings `here` have another value `there`, a piece of text each."""
+    return [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
+
+
 def check_writable(path: Path, folder: bool = False) -> None:
     """ValueError, before the work and not after it, where no file, or no folder of files, can be made at `path`. Makes
     nothing that stays."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import runs
-from checks import check, check_choices, check_writable
+from checks import check, check_choices, check_writable, differing
 from countdown import check_game
 from distill import LESSONS
 from loading import TINY
@@ -152,6 +152,11 @@ class Config:
         return replace(self.tree, temperature=self.temperature, max_tokens=self.max_tokens)
 
     @property
+    def drawn_tokens(self) -> int:
+        """Tokens of a completion, before a search cuts its last step to the cap."""
+        return self.search_config.drawn_tokens if self.search == "mcts" else self.max_tokens
+
+    @property
     def cut(self) -> int:
         """The shards of a step."""
         return self.shards or self.generators
@@ -190,8 +195,7 @@ def settings(saved: dict) -> dict:
 
 def differences(saved: dict, config: Config) -> list[str]:
     """Which settings of a saved config.json are not `config`'s, a piece of text each."""
-    there, here = settings(saved), settings(asdict(config))
-    return [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
+    return differing(settings(saved), settings(asdict(config)))
 
 
 QWEN = dict(

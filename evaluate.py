@@ -208,8 +208,8 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
     folder, base = locate(config.model)
     tokenizer = read_tokenizer(folder, base)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)
-    over = config.tree(1).step_tokens - 1 if config.search == "mcts" else 0  # a step is cut after it is drawn
-    check_context(context_of(read_model_config(folder, base)), longest, config.max_tokens + over)
+    drawn = config.tree(1).drawn_tokens if config.search == "mcts" else config.max_tokens
+    check_context(context_of(read_model_config(folder, base)), longest, drawn)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
     context = longest + config.max_tokens
     sampler = make_sampler(engine, policy, context, config.rows, config.kept, config.cache_gb, config.seed)

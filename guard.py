@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Guard:
-    """A step is bad if the KL divergence from the reference is above `max_kl` nats a token, or if no answer has the
-    format although most of an earlier step's had it. `patience` bad steps in a row stop the run: one alone may be an
-    outlier, the estimate of the divergence being an exponential of the log-ratio. A step that taught the policy nothing
-    has no KL and, if it is not bad for its format, no say where earlier ones had one."""
+    """A step is bad if the KL divergence from the reference is above `max_kl` nats a token, or if less than a fifth of
+    its answers have the format although most of an earlier step's had it. `patience` bad steps in a row stop the run:
+    one alone may be an outlier, the estimate of the divergence being an exponential of the log-ratio. A step that
+    taught the policy nothing has no KL and, if it is not bad for its format, no say where earlier ones had one."""
 
     max_kl: float
     patience: int
@@ -30,8 +30,8 @@ class Guard:
         reasons = []
         if row.get("kl", 0.0) > self.max_kl:
             reasons.append(f"KL {row['kl']:.1f} nats a token, --max-kl {self.max_kl:g}")
-        if self.knew and row["parsed"] == 0:
-            reasons.append("no answer has the format any more")
+        if self.knew and row["parsed"] < 0.2:
+            reasons.append(f"{row['parsed']:.0%} of the answers have the format")
         self.measured |= "kl" in row
         if reasons or "kl" in row or not self.measured:
             self.bad = self.bad + 1 if reasons else 0

@@ -61,6 +61,11 @@ class SearchConfig:
         if self.selection == "gumbel" and self.token_budget:
             raise ValueError("sequential halving plans its simulations: gumbel takes no token_budget")
 
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens of a completion, before its last step is cut to the cap."""
+        return self.max_tokens + self.step_tokens - 1
+
 
 @dataclass(eq=False)
 class Node:

@@ -185,8 +185,7 @@ class Costs:
         s, b = self.sizes, self.bytes
         prompted = max(max(1, rows // n) * prefix for n, prefix in self.calls())
         rows = max(rows, *(n for n, _ in self.calls()))
-        over = self.config.tree.step_tokens if self.config.search == "mcts" else 0  # a step is cut after it is drawn
-        length = self.context + over + BLOCK
+        length = self.prompt + self.config.drawn_tokens + BLOCK
         cache = rows * length * (self.cached + 40)  # with masks, random numbers, tokens
         spread = rows * (length * 4 * b + self.forward(True))
         logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
@@ -252,8 +251,7 @@ def plan(config: Config, device: str) -> Plan:
     engine = pick_sampler(config.sampler, device, config.quantize)
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
-    over = config.tree.step_tokens - 1 if config.search == "mcts" else 0  # a step is cut after it is drawn
-    check_context(context_of(read_model_config(folder, base)), longest, config.max_tokens + over)
+    check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
     if not on_gpu and not config.gpu_memory:
         return Plan(engine, longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2

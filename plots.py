@@ -207,12 +207,11 @@ def summary_table(folders: list[Path]) -> str:
     every = by_method(folders)
     left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
     found = finished(left, "test_right")
-    k = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
-    if len(k) > 1:
-        raise ValueError(f"runs with {sorted(k)} samples a test problem can't share a table")
-    lines = [
-        "| method | seeds | mean@{0} | less search's | pass@{0} | format | tokens | steps | CPU |".format(*k or "k")
-    ]
+    ks = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
+    if len(ks) > 1:
+        raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
+    k = ks.pop() if ks else "k"
+    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
         counts = len(some), len(every[name]) - len(some)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import runs
-from checks import check, check_writable
+from checks import check, check_writable, differing
 from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
 from policy import read_tensors
 
@@ -199,10 +199,7 @@ def pretrain(config: PretrainConfig) -> None:
     if checkpoint.exists():
         saved = read_tensors(checkpoint)
         try:
-            there = settings | saved.get("settings", {})  # an earlier version's has none
-            differ = [
-                f"{key} {there[key]} there, {value} here" for key, value in settings.items() if there[key] != value
-            ]
+            differ = differing(settings | saved.get("settings", {}), settings)  # an earlier version's has none
             if not differ:
                 model.load_state_dict(saved["model"])
                 for optimizer, state in zip(optimizers, saved["optimizers"]):

@@ -27,7 +27,7 @@ from pathlib import Path
 import tyro
 
 import runs
-from checks import check, read_json
+from checks import check, differing, read_json
 from config import differences, parse
 from distill import LESSONS
 from evaluate import EvaluateConfig
@@ -166,8 +166,7 @@ def evaluated_otherwise(file: Path, command: list[str]) -> list[str]:
         json.loads(json.dumps(asdict(runs.read_config(EvaluateConfig, args)), default=str))
         for args in ([], command[1:])
     )
-    there = usual | read_json(file)
-    return [f"{k} {there[k]} there, {v} here" for k, v in wanted.items() if k != "out" and there[k] != v]
+    return differing(usual | read_json(file) | {"out": wanted["out"]}, wanted)
 
 
 def is_done(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from config import Config
 from guard import Guard
 
 RESULTS = Path(__file__).parents[1] / "results"
-MISSED = ("none-preset-lr1e-3",)  # lost, with 6 % of its 64 answers a step still in the format
 
 
 @pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl")), ids=lambda path: "/".join(path.parts[-3:-1]))
@@ -21,7 +20,7 @@ def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
         assert stopped and stopped <= found[-1]["step"]
     else:
         kept = [row["eval_parsed"] for row in found if "eval_parsed" in row][-1]  # answers in the format
-        assert bool(stopped) == (kept < 0.5 and run.parent.name not in MISSED)
+        assert bool(stopped) == (kept < 0.5)
 
 
 def rows(*parsed, kl=0.0):
@@ -35,7 +34,8 @@ def rows(*parsed, kl=0.0):
         (rows(0.6, 0.3, 0, 0, 0), 4),
         (rows(*[0] * 9), None),  # a model that has never known the format
         (rows(0.5, *[0] * 9), None),
-        (rows(1, 0, 0, 0.02, 0, 0), None),
+        (rows(1, 0, 0, 0.25, 0, 0), None),
+        (rows(1, 0.06, 0.02, 0.1), 3),  # lost, though some answers still have it
         (rows(*[1] * 9, kl=4.9), None),
         (rows(*[1] * 9, kl=5.1), 2),
         (rows(*[0] * 9, kl=5.1), 2),
@@ -57,5 +57,5 @@ def test_the_reason_is_told():
     guard = Guard(max_kl=5.0, patience=2, knew=True)
     assert [guard.check(row) for row in rows(0, 0, kl=6.54)] == [
         "",
-        "collapsed, 2 bad steps in a row: KL 6.5 nats a token, --max-kl 5; no answer has the format any more",
+        "collapsed, 2 bad steps in a row: KL 6.5 nats a token, --max-kl 5; 0% of the answers have the format",
     ]
