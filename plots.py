@@ -4,6 +4,7 @@ python plots.py curves results/compare/*                     # validation mean@k
 python plots.py table results/compare/*                      # their scores, a row a run
 python plots.py summary results/compare/*                    # the README's table, a row a method
 python plots.py validation results/targets/*                 # validation scores, the best first
+python plots.py forest results/ablate/* results/compare/mcts*   # test scores less those of the usual search
 python plots.py search results/search/*                      # problems solved at test time against tokens spent
 python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
 """
@@ -195,18 +196,57 @@ def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
     return like if like and tested_on(like) == tested_on(found[name]) else None
 
 
+def ahead(name: str, found: dict[str, list[RUN]]) -> tuple[float, float, float] | None:
+    """By how many points of test mean@k a row is ahead of `search_like` it, and the 95 % interval."""
+    if not (found[name] and (search := search_like(name, found))):
+        return None
+    return tuple(100 * x for x in pooled(scores_of(found[name]), scores_of(search)))
+
+
 def tested_on(some: list[RUN]) -> list:
     """What the test problems of runs depend on."""
     return [settings(some[0][0])[name] for name in ("split", "size", "test_problems")]
+
+
+def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
+    """`by_method` without the runs that were stopped because they had collapsed; and of each row how many seeds there
+    are and how many had collapsed."""
+    every = by_method(folders)
+    left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
+    counts = {name: (len(left[name]), len(some) - len(left[name])) for name, some in every.items()}
+    seeds = {
+        name: ", ".join(f"{n}{what}" for n, what in zip(pair, ("", " collapsed")) if n) for name, pair in counts.items()
+    }
+    return finished(left, "test_right"), seeds
+
+
+def forest(folders: list[Path], axes=None):
+    """By how many points of test mean@k runs are ahead of `search_like` them, with 95 % intervals: a row a setting, the
+    best first. Returns the matplotlib figure."""
+    found, seeds = tested(folders)
+    leads = {name: lead for name in found if (lead := ahead(name, found))}
+    if not leads:
+        raise ValueError("none of the runs can be held against a search: pass those of `mcts` too")
+    names = sorted(leads, key=lambda name: leads[name][0])  # drawn from the bottom
+    middle, low, high = np.array([leads[name] for name in names]).T
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
+    colors = [COLORS[name.partition(",")[0]] for name in names]
+    axes.hlines(names, low, high, colors, linewidth=2)
+    axes.scatter(middle, names, color=colors, zorder=2)
+    axes.set_yticks(range(len(names)), [f"{name.removeprefix('mcts, ')} ({seeds[name]})" for name in names])
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.axvline(0, color="#8d99ae", linewidth=1, zorder=0)
+    axes.set_xlabel("points of test mean@k ahead of the search")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes.figure
 
 
 def summary_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
     `search_like` it on the same problems, and cost. CPU time is of training alone, where it was recorded. Seeds that
     were stopped because they had collapsed are counted and nothing more."""
-    every = by_method(folders)
-    left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
-    found = finished(left, "test_right")
+    found, seeds = tested(folders)
     ks = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
     if len(ks) > 1:
         raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
@@ -214,23 +254,19 @@ def summary_table(folders: list[Path]) -> str:
     lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
-        counts = len(some), len(every[name]) - len(some)
-        seeds = ", ".join(f"{n}{which}" for n, which in zip(counts, ("", " collapsed")) if n)
         if not some:
-            lines.append(f"| {name} | {seeds} |" + " – |" * 7)
+            lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
         scores, passed = scores_of(some), scores_of(some, passed=True)
-        search = search_like(name, found)
-        rival = scores_of(search) if search else None
         mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
-        less = "–" if rival is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pooled(scores, rival)))
+        less = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if (lead := ahead(name, found)) else "–"
         tokens, steps, parsed = (
             np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
         )
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
-            f"| {name} | {seeds} | **{mean}** | {less} | {share} | {parsed:.0%} "
+            f"| {name} | {seeds[name]} | **{mean}** | {less} | {share} | {parsed:.0%} "
             f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
@@ -322,13 +358,13 @@ TABLES = {"table": results_table, "summary": summary_table, "validation": valida
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table, summary, validation, search, tree
+    what: tyro.conf.Positional[str]  # curves, table, summary, validation, forest, search, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
-    out: Path = Path("curves.png")  # of curves and search
+    out: Path = Path("curves.png")  # of curves, forest and search
     x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
-        if self.what not in (known := ("curves", *TABLES, "search", "tree")):
+        if self.what not in (known := ("curves", *TABLES, "forest", "search", "tree")):
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
@@ -336,7 +372,7 @@ class PlotConfig:
             self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
-        if self.what in ("curves", "search"):
+        if self.what in ("curves", "forest", "search"):
             check_writable(self.out)
         check_choices(self, x=ALONG)
 
@@ -351,7 +387,10 @@ def main() -> None:
     if config.what in TABLES:
         print(TABLES[config.what](config.folders))
         return
-    drawn = search_curves(config.folders) if config.what == "search" else learning_curves(config.folders, config.x)
+    if config.what == "curves":
+        drawn = learning_curves(config.folders, config.x)
+    else:
+        drawn = {"forest": forest, "search": search_curves}[config.what](config.folders)
     drawn.savefig(config.out, dpi=150)
     print(config.out)
 

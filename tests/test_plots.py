@@ -120,6 +120,18 @@ def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     assert row == "| mcts, distill steps | 1 collapsed |" + " – |" * 7
 
 
+def test_a_forest_shows_what_a_setting_changes(folders):
+    """Prevents a point at another row's difference, and a search that is held against nothing."""
+    for i, folder in enumerate(folders):
+        finish(folder, [16 * i, 8, 0, 8], **({"tree": {"selection": "uct"}} if i else {}))
+    axes = plots.forest(folders).axes[0]
+    (line,), (point,) = axes.collections[0].get_segments(), axes.collections[1].get_offsets()
+    assert point.tolist() == [pytest.approx(25), 0] and line[0, 0] <= 25 <= line[1, 0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["selection uct (1)"]
+    with pytest.raises(ValueError, match="pass those of `mcts` too"):
+        plots.forest(folders[1:])
+
+
 def test_scores_on_other_problems_are_not_subtracted(folders):
     """Prevents the post's test problems, of which the training set has most, from being paired with ours."""
     finish(folders[0], [16, 8, 0, 8], split="multiset")
@@ -195,14 +207,14 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
             plots.main()
 
 
-@pytest.mark.parametrize("what", ["curves", "table", "summary", "validation"])
+@pytest.mark.parametrize("what", ["curves", "table", "summary", "validation", "forest"])
 @pytest.mark.parametrize(
     "config", ["{", "[]", "{}", '{"seed": 1, "tree": 3}', '{"seed": 1, "split": []}', '{"seed": 1, "search": "x"}']
 )
 def test_a_config_of_no_run_is_named(folders, what, config):
     """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
     (folders[1] / "config.json").write_text(config)
-    draw = plots.TABLES.get(what, plots.learning_curves)
+    draw = {"curves": plots.learning_curves, "forest": plots.forest, **plots.TABLES}[what]
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         draw(folders)
 
