@@ -1,7 +1,7 @@
 """The critic against the truth: Countdown can be solved exactly from every state, so V(s) can be judged.
 
     python oracle.py assets/tiny runs/mcts-tiny-seed0 --out runs/critic.json
-    python oracle.py assets/tiny --simulations 4 8 16 32 64 128 256    # and what search makes of which critic
+    python oracle.py assets/tiny --simulations 8 32 128 --children 2 8    # and what search makes of which critic
 
 The states are those that the policy itself reaches: after every legal step of its own samples on validation problems.
 For each, what the critic says, whether the target can still be reached, and the best reward that can. Searches are run
@@ -11,6 +11,7 @@ with the learned critic, with none (V = 0), and with one that knows the best rew
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ class OracleConfig:
 
     models: tyro.conf.Positional[tuple[str, ...]]  # run folders, saved policies
     simulations: tuple[int, ...] = ()  # of searches with different critics
+    children: tuple[int, ...] = (TINY_TREE.children,)  # a node, in these
     problems: int = 200  # of the validation split
     samples: int = 8
     temperature: float = 1.0
@@ -44,7 +46,7 @@ class OracleConfig:
     def __post_init__(self):
         if not self.models:
             raise ValueError("name at least one model: a run folder, a policy's folder or a Hugging Face name")
-        check(self, "at least", 1, "problems samples max_tokens" + " simulations" * bool(self.simulations))
+        check(self, "at least", 1, "problems samples max_tokens children" + " simulations" * bool(self.simulations))
         check(self, "above", 0, "temperature")
         check_game(seed=self.seed)
         check_writable(self.out)
@@ -99,8 +101,8 @@ def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]
 
 
 def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
-    """For each critic and number of simulations: the share of trees that hold a right answer, of those whose best path
-    is one, and the tokens of a tree."""
+    """For each critic, number of children and of simulations: the share of trees that hold a right answer, of those
+    whose best path is one, and the tokens of a tree."""
     problems, sampler = make_problems(config.problems, "validation"), TorchSampler(policy)
     prompts = [policy.encode(problem) for problem in problems]
     critics = {
@@ -109,25 +111,24 @@ def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
         "perfect": perfect(policy, problems),
     }
     found = []
-    for name, critic in critics.items():
-        for simulations in config.simulations:
-            tree = replace(
-                TINY_TREE, simulations=simulations, temperature=config.temperature, max_tokens=config.max_tokens
-            )
-            seeds = [stream(config.seed, i) for i in range(len(problems))]
-            trees, usage = search(problems, prompts, sampler, critic, policy.grade, tree, seeds)
-            sampler.rest()
-            paths = [best_path(t, tree) for t in trees]
-            row = {
-                "critic": name,
-                "simulations": simulations,
-                "solved": float(np.mean([t.statistics()["solved"] for t in trees])),
-                "path_right": float(np.mean([path is not None and path.reward.correct for path in paths])),
-                "tokens": usage.generated / len(trees),
-            }
-            found.append(row)
-            print("  search with {critic} critic, {simulations} simulations: ".format(**row), end="")
-            print("right answer in {solved:.1%}, on the best path {path_right:.1%}, {tokens:.0f} tokens".format(**row))
+    shared = replace(TINY_TREE, temperature=config.temperature, max_tokens=config.max_tokens)
+    for name, children, simulations in product(critics, config.children, config.simulations):
+        tree = replace(shared, children=children, simulations=simulations)
+        seeds = [stream(config.seed, i) for i in range(len(problems))]
+        trees, usage = search(problems, prompts, sampler, critics[name], policy.grade, tree, seeds)
+        sampler.rest()
+        paths = [best_path(t, tree) for t in trees]
+        row = {
+            "critic": name,
+            "children": children,
+            "simulations": simulations,
+            "solved": float(np.mean([t.statistics()["solved"] for t in trees])),
+            "path_right": float(np.mean([path is not None and path.reward.correct for path in paths])),
+            "tokens": usage.generated / len(trees),
+        }
+        found.append(row)
+        print("  {critic} critic, {children} children, {simulations} simulations: ".format(**row), end="")
+        print("right answer in {solved:.1%}, on the best path {path_right:.1%}, {tokens:.0f} tokens".format(**row))
     return found
 
 

@@ -1,6 +1,7 @@
 """Tests of oracle.py: which states a completion passes through, what is true of them, and the statistics."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -60,22 +61,22 @@ def test_the_perfect_critic_knows_each_state():
 def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Prevents a file without its states, and an untrained critic that seems to know something."""
     out = tmp_path / "critic.json"
-    monkeypatch.setattr(
-        "sys.argv",
-        ["oracle.py", str(TINY), "--problems", "10", "--samples", "4", "--out", str(out), "--simulations", "8", "32"],
-    )
+    args = f"--problems 10 --samples 4 --out {out} --simulations 8 32 --children 2 4".split()
+    monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), *args])
     oracle.main()
     (row,) = json.loads(out.read_text())["critics"]
     assert row["states"] == len(row["value"]) == len(row["in_reach"]) == len(row["best"]) > 5
     assert set(row["value"]) == {0.0} and row["auc"] == 0.5
     assert all((best == 1) == bool(reach) for best, reach in zip(row["best"], row["in_reach"]))
     assert "area under the curve" in capsys.readouterr().out
-    searches = {(s["critic"], s["simulations"]): s for s in row["searches"]}
-    assert set(searches) == {(critic, n) for critic in ("learned", "none", "perfect") for n in (8, 32)}
-    for n in (8, 32):  # untrained, the critic says 0
-        learned, none = searches["learned", n], searches["none", n]
-        assert {**learned, "critic": ""} == {**none, "critic": ""} and 0 < learned["tokens"] < 64 * n
-        assert searches["perfect", n]["path_right"] <= searches["perfect", n]["solved"]
+    searches = {(s["critic"], s["children"], s["simulations"]): s for s in row["searches"]}
+    assert set(searches) == set(product(("learned", "none", "perfect"), (2, 4), (8, 32)))
+    for tree in product((2, 4), (8, 32)):  # untrained, the critic says 0
+        learned, none = searches["learned", *tree], searches["none", *tree]
+        assert {**learned, "critic": ""} == {**none, "critic": ""}
+        assert 0 < learned["tokens"] < 32 * tree[0] * tree[1]  # a step has some ten tokens
+        assert searches["perfect", *tree]["path_right"] <= searches["perfect", *tree]["solved"]
+    assert searches["none", 2, 32]["tokens"] < searches["none", 4, 32]["tokens"]
 
 
 @pytest.mark.parametrize(("args", "message"), [([], "at least one model"), (["x", "--samples", "0"], "at least 1"),
