@@ -71,11 +71,10 @@ def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys)
     assert "area under the curve" in capsys.readouterr().out
     searches = {(s["critic"], s["children"], s["simulations"]): s for s in row["searches"]}
     assert set(searches) == set(product(("learned", "none", "perfect"), (2, 4), (8, 32)))
-    for tree in product((2, 4), (8, 32)):  # untrained, the critic says 0
-        learned, none = searches["learned", *tree], searches["none", *tree]
-        assert {**learned, "critic": ""} == {**none, "critic": ""}
-        assert 0 < learned["tokens"] < 32 * tree[0] * tree[1]  # a step has some ten tokens
-        assert searches["perfect", *tree]["path_right"] <= searches["perfect", *tree]["solved"]
+    for k, n in product((2, 4), (8, 32)):  # untrained, the critic says 0
+        learned, none, perfect = (searches[critic, k, n] for critic in ("learned", "none", "perfect"))
+        assert {**learned, "critic": ""} == {**none, "critic": ""} and 0 < learned["tokens"] < 32 * k * n
+        assert perfect["path_right"] <= perfect["solved"]
     assert searches["none", 2, 32]["tokens"] < searches["none", 4, 32]["tokens"]
 
 
