@@ -1,6 +1,6 @@
 """The study: every run behind a published figure, from one table of settings.
 
-    python study.py tune       # each method at three rates, its step's tokens spent in two ways, validation
+    python study.py tune       # each method at three rates, with four ways to make a step, validation
     python study.py compare    # the methods, on the test problems, seeds from 1 on
     python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
@@ -32,15 +32,24 @@ from config import differences, parse
 from distill import LESSONS
 from evaluate import EvaluateConfig
 
-# how a method is run, and besides the preset's another way to spend a step's 2,000 to 3,000 tokens. Not GRPO: with one
-# update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
+# not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
 METHODS = {
-    "mcts": ("ppo.py --search mcts", "--problems 4 --tree.children 4 --tree.simulations 64"),
-    "best-of-n": ("baselines.py --method best-of-n", "--problems 4 --samples 16"),
-    "cispo": ("baselines.py --method cispo", "--problems 8 --samples 8"),
-    "none": ("ppo.py --search none", "--problems 16"),
+    "mcts": "ppo.py --search mcts",
+    "best-of-n": "baselines.py --method best-of-n",
+    "cispo": "baselines.py --method cispo",
+    "none": "ppo.py --search none",
 }
 RATES = ("1e-4", "3e-4", "1e-3")
+SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (4, 8))}
+STEPS = {  # problems x samples, or children: trees x simulations
+    "mcts": {
+        f"k{k}-{p}x{n}": f"--tree.children {k} --problems {p} --tree.simulations {n}"
+        for k, p, n in ((2, 12, 32), (4, 4, 64), (2, 24, 32), (2, 6, 32))
+    },
+    "best-of-n": SAMPLED,
+    "cispo": SAMPLED,
+    "none": {f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
+}
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
     **{(method, "exact"): "--reward exact" for method in METHODS},
@@ -97,26 +106,25 @@ class StudyConfig:
 
 
 def tune(config: StudyConfig) -> Jobs:
-    for method, rate in product(config.methods, RATES):
-        program, other = METHODS[method]
-        for name, knob in ("preset", ""), ("other", other):
-            yield f"{method}-{name}-lr{rate}", f"{program} --learning-rate {rate} {knob} {BUDGET} {VALIDATE}"
+    for method in config.methods:
+        for (name, step), rate in product(STEPS[method].items(), RATES):
+            yield f"{method}-{name}-lr{rate}", f"{METHODS[method]} --learning-rate {rate} {step} {BUDGET} {VALIDATE}"
 
 
 def compare(config: StudyConfig) -> Jobs:
     for seed, method in product(range(1, config.seeds + 1), config.methods):
-        yield f"{method}-seed{seed}", f"{METHODS[method][0]} --seed {seed} {BUDGET} {TEST}"
+        yield f"{method}-seed{seed}", f"{METHODS[method]} --seed {seed} {BUDGET} {TEST}"
 
 
 def targets(config: StudyConfig) -> Jobs:
     for (method, name), options in TARGETS.items():
         if method in config.methods:
-            yield f"{method}-{name}", f"{METHODS[method][0]} {options} {BUDGET} {VALIDATE}"
+            yield f"{method}-{name}", f"{METHODS[method]} {options} {BUDGET} {VALIDATE}"
 
 
 def ablate(config: StudyConfig) -> Jobs:
     for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
-        yield f"{name}-seed{seed}", f"{METHODS['mcts'][0]} --seed {seed} {options} {BUDGET} {TEST}"
+        yield f"{name}-seed{seed}", f"{METHODS['mcts']} --seed {seed} {options} {BUDGET} {TEST}"
 
 
 def search(config: StudyConfig) -> Jobs:
@@ -129,7 +137,7 @@ def chat(config: StudyConfig) -> Jobs:
     for seed, rate, (method, knob) in product(range(1, min(config.seeds, 2) + 1), ("1e-4", "3e-5"), CHAT.items()):
         if method in config.methods:
             options = f"--seed {seed} --learning-rate {rate} {knob} {CHAT_MODEL} {measures}"
-            yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method][0]} {options}"
+            yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method]} {options}"
 
 
 STAGES = {
