@@ -26,6 +26,7 @@ fuzz: .venv/installed
 study: .venv/installed
 	$(BIN)/python study.py tune
 	$(BIN)/python study.py compare
+	$(BIN)/python study.py samples
 	$(BIN)/python study.py targets
 	$(BIN)/python study.py ablate
 	$(BIN)/python study.py search

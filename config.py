@@ -214,12 +214,12 @@ PRESETS = {
         tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
     ),
 }  # fmt: skip
-# of tiny, beside search's: steps of 2,000 to 2,800 tokens; from longer ones all methods learn less (LOG.md, 2026-11-27)
+# of tiny, beside search's: each method's best of twelve (`python study.py tune`; GRPO as CISPO)
 TINY_STEPS = {
-    "none": dict(problems=64),
-    "best-of-n": dict(problems=8, samples=8),
-    "cispo": dict(problems=4, samples=16),
-    "grpo": dict(problems=4, samples=16),
+    "none": dict(problems=16, learning_rate=1e-4),
+    "best-of-n": dict(problems=16, samples=4),
+    "cispo": dict(problems=8, samples=8),
+    "grpo": dict(problems=8, samples=8),
 }
 
 

@@ -1,7 +1,8 @@
 """The study: every run behind a published figure, from one table of settings.
 
     python study.py tune       # each method at three rates, with four ways to make a step, validation
-    python study.py compare    # the methods, on the test problems, seeds from 1 on
+    python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
+    python study.py samples    # best-of-N and CISPO from more and fewer samples of a problem, the same way
     python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py search     # search at test time against best-of-N, before and after distillation
@@ -50,6 +51,11 @@ STEPS = {  # problems x samples, or children: trees x simulations
     "cispo": SAMPLED,
     "none": {f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
 }
+SWEEP = (  # with what stage compare has, 16 x 4 and 8 x 8 among it
+    *product(("best-of-n",), ("4x16", "8x8")),
+    *product(("cispo",), ("4x16", "16x4")),
+    ("none", "64x1"),
+)
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
     **{(method, "exact"): "--reward exact" for method in METHODS},
@@ -91,8 +97,8 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare, targets, ablate, search, chat
-    seeds: int = 5  # of compare; of ablate at most 3, of chat 2
+    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, search, chat
+    seeds: int = 5  # of compare and samples; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(METHODS)
     out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
@@ -114,6 +120,13 @@ def tune(config: StudyConfig) -> Jobs:
 def compare(config: StudyConfig) -> Jobs:
     for seed, method in product(range(1, config.seeds + 1), config.methods):
         yield f"{method}-seed{seed}", f"{METHODS[method]} --seed {seed} {BUDGET} {TEST}"
+
+
+def samples(config: StudyConfig) -> Jobs:
+    for seed, (method, name) in product(range(1, config.seeds + 1), SWEEP):
+        if method in config.methods:
+            command = f"{METHODS[method]} --learning-rate 3e-4 {STEPS[method][name]} --seed {seed} {BUDGET} {TEST}"
+            yield f"{method}-{name}-seed{seed}", command
 
 
 def targets(config: StudyConfig) -> Jobs:
@@ -143,6 +156,7 @@ def chat(config: StudyConfig) -> Jobs:
 STAGES = {
     "tune": tune,
     "compare": compare,
+    "samples": samples,
     "targets": targets,
     "ablate": ablate,
     "search": search,

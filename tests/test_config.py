@@ -2,12 +2,17 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from config import METHODS, PRESETS, Config, parse, preset_for
+import runs
+import study
+from config import METHODS, PRESETS, Config, parse, preset_for, settings
 from mcts import SearchConfig
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def test_presets_are_valid_and_the_post_keeps_the_posts_numbers():
@@ -42,13 +47,20 @@ def test_the_command_line_starts_from_a_preset_and_overrides_it(monkeypatch):
         assert parse([], "mcts")[0] == preset_for(preset, "mcts")
 
 
-def test_tiny_steps_are_short_whatever_the_method():
-    """Prevents a first run that learns less than it could."""
+def test_tiny_steps_are_their_methods_best():
+    """Prevents a first run that learns less than it could, a comparison with a rival that is not at its best, and steps
+    of preset tiny in the others."""
+    tuned = {name: runs.read_metrics(RESULTS / "tune" / name) for name, _ in study.tune(study.StudyConfig("tune"))}
+    scores = {name: rows[-2].get("eval_mean", 0) for name, rows in tuned.items() if runs.ending(rows) == "finished"}
     for method in METHODS:
-        config = preset_for("tiny", method)
-        drawn = 64 if method == "mcts" else config.problems * (1 if method == "none" else config.samples)
-        assert drawn == 64 and preset_for("post", method).problems == 16
-    assert preset_for("tiny", "mcts").problems == 12
+        like = "cispo" if method == "grpo" else method
+        best = max((name for name in scores if name.startswith(like)), key=scores.get)
+        found, config = runs.read_settings(RESULTS / "tune" / best), preset_for("tiny", method)
+        chosen = {"problems", "learning_rate", "tree.children", "tree.simulations"}
+        chosen |= {"samples"} if method not in ("mcts", "none") else set()
+        there, here = settings(found), settings(asdict(config))
+        assert {key: there[key] for key in chosen} == {key: here[key] for key in chosen}
+        assert preset_for("post", method).problems == 16
 
 
 def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
