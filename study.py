@@ -2,7 +2,7 @@
 
     python study.py tune       # each method at three rates, with four ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
-    python study.py samples    # best-of-N and CISPO from more and fewer samples of a problem, the same way
+    python study.py samples    # and from more or fewer tokens of a problem, the same way
     python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py search     # search at test time against best-of-N, before and after distillation
@@ -51,11 +51,12 @@ STEPS = {  # problems x samples, or children: trees x simulations
     "cispo": SAMPLED,
     "none": {f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
 }
-SWEEP = (  # with what stage compare has, 16 x 4 and 8 x 8 among it
-    *product(("best-of-n",), ("4x16", "8x8")),
-    *product(("cispo",), ("4x16", "16x4")),
-    ("none", "64x1"),
-)
+SWEEP = {  # besides what stage compare has
+    "mcts": ("k4-4x64",),
+    "best-of-n": ("4x16", "8x8"),
+    "cispo": ("4x16", "16x4"),
+    "none": ("64x1",),
+}
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
     **{(method, "exact"): "--reward exact" for method in METHODS},
@@ -123,8 +124,8 @@ def compare(config: StudyConfig) -> Jobs:
 
 
 def samples(config: StudyConfig) -> Jobs:
-    for seed, (method, name) in product(range(1, config.seeds + 1), SWEEP):
-        if method in config.methods:
+    for seed, method in product(range(1, config.seeds + 1), config.methods):
+        for name in SWEEP[method]:
             command = f"{METHODS[method]} --learning-rate 3e-4 {STEPS[method][name]} --seed {seed} {BUDGET} {TEST}"
             yield f"{method}-{name}-seed{seed}", command
 
