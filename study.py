@@ -11,8 +11,8 @@
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
 study can be stopped at any moment and goes on with the same command. Of a run that is finished, or that guard.py
-stopped as collapsed, config.json and metrics.jsonl go to results/STAGE/. Stage search runs `python evaluate.py` on what
-stage compare left in runs/, a JSON file each.
+stopped as collapsed, config.json and the metrics, packed, go to results/STAGE/. Stage search runs `python evaluate.py`
+on what stage compare left in runs/, a JSON file each.
 """
 
 import json
@@ -102,7 +102,7 @@ class StudyConfig:
     seeds: int = 5  # of compare and samples; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(METHODS)
-    out: Path = Path("results")  # config.json and metrics.jsonl of finished runs
+    out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -224,9 +224,7 @@ def run(name: str, command: str, config: StudyConfig) -> None:
         begun = (folder / "config.json").exists()
         options = ["--resume", str(folder)] if begun else [*options, "--preset", "tiny", "--out", str(folder)]
         call([program, *options], config)
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "metrics.jsonl"):
-        runs.write(kept / file, (folder / file).read_text())
+    runs.pack(folder, kept)
 
 
 def main() -> None:

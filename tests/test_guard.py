@@ -11,7 +11,7 @@ from guard import Guard
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-@pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl")), ids=lambda path: "/".join(path.parts[-3:-1]))
+@pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl*")), ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
     """Prevents a limit that stops a run that learns, and one that lets a lost run spend its budget."""
     guard, found = Guard(Config().max_kl, Config().patience), runs.read_metrics(run.parent)

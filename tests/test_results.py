@@ -11,14 +11,14 @@ import runs
 ROOT = Path(__file__).parents[1]
 BLOCK = r"<!-- table: python plots\.py (table|summary|validation) ([^>]+) -->\n(.*?)\n<!-- end -->"
 BLOCKS = re.findall(BLOCK, (ROOT / "README.md").read_text(), re.S)
-RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl"))
+RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*"))
 
 
 @pytest.mark.parametrize(("what", "pattern", "table"), BLOCKS, ids=[f"{b[0]} {b[1]}" for b in BLOCKS])
 def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
     found = [folder for glob in pattern.split() for folder in sorted(ROOT.glob(glob))]
-    folders = [folder for folder in found if (folder / "metrics.jsonl").exists()]
+    folders = [folder for folder in found if runs.log_of(folder)]
     assert folders and table == plots.TABLES[what](folders)
 
 

@@ -145,12 +145,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     runs.write(path, "old")
 
-    def torn(self, text):
-        with self.open("w") as file:
-            file.write(text[:2])
+    def torn(self, content):
+        with self.open("wb") as file:
+            file.write(content[:2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="disk full"):
         runs.write(path, "new text")
     assert path.read_text() == "old"
@@ -248,6 +248,19 @@ def test_a_damaged_line_before_the_last_is_told(run, line):
     run.metrics.write_text("\n".join([*lines[:1], line, *lines[2:]]))
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2 is no row of metrics$"):
         read_metrics(run.folder)
+
+
+def test_metrics_are_kept_packed(run, tmp_path):
+    """Prevents results that grow by a megabyte a run, rows lost on the way, and a traceback for a torn file."""
+    runs.pack(run.folder, kept := tmp_path / "kept")
+    assert read_metrics(kept) == read_metrics(run.folder) and runs.read_settings(kept) == runs.read_settings(run.folder)
+    file = kept / "metrics.jsonl.gz"
+    assert runs.log_of(kept) == file and runs.log_of(run.folder) == run.metrics and runs.log_of(tmp_path) is None
+    whole = file.read_bytes()
+    for torn in (whole[:-9], whole[:9], b"x" * 30, whole[:20] + b"\0" * 9 + whole[29:]):
+        file.write_bytes(torn)
+        with pytest.raises(ValueError, match="metrics.jsonl.gz is damaged: it can't be unpacked"):
+            read_metrics(kept)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
