@@ -111,10 +111,10 @@ def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
         "perfect": perfect(policy, problems),
     }
     found = []
+    seeds = [stream(config.seed, i) for i in range(len(problems))]
     shared = replace(TINY_TREE, temperature=config.temperature, max_tokens=config.max_tokens)
     for name, children, simulations in product(critics, config.children, config.simulations):
         tree = replace(shared, children=children, simulations=simulations)
-        seeds = [stream(config.seed, i) for i in range(len(problems))]
         trees, usage = search(problems, prompts, sampler, critics[name], policy.grade, tree, seeds)
         sampler.rest()
         paths = [best_path(t, tree) for t in trees]

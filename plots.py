@@ -351,6 +351,7 @@ def validation_table(folders: list[Path]) -> str:
     return "\n".join(lines + stopped)
 
 
+FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}
 TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}
 
 
@@ -358,13 +359,13 @@ TABLES = {"table": results_table, "summary": summary_table, "validation": valida
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, table, summary, validation, forest, search, tree
+    what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
     out: Path = Path("curves.png")  # of curves, forest and search
     x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
-        if self.what not in (known := ("curves", *TABLES, "forest", "search", "tree")):
+        if self.what not in (known := (*FIGURES, *TABLES, "tree")):
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
@@ -372,7 +373,7 @@ class PlotConfig:
             self.folders = [f for f in self.folders if runs.log_of(f)]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
-        if self.what in ("curves", "forest", "search"):
+        if self.what in FIGURES:
             check_writable(self.out)
         check_choices(self, x=ALONG)
 
@@ -387,10 +388,8 @@ def main() -> None:
     if config.what in TABLES:
         print(TABLES[config.what](config.folders))
         return
-    if config.what == "curves":
-        drawn = learning_curves(config.folders, config.x)
-    else:
-        drawn = {"forest": forest, "search": search_curves}[config.what](config.folders)
+    x = [config.x] if config.what == "curves" else []
+    drawn = FIGURES[config.what](config.folders, *x)
     drawn.savefig(config.out, dpi=150)
     print(config.out)
 

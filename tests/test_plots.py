@@ -214,7 +214,7 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
 def test_a_config_of_no_run_is_named(folders, what, config):
     """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
     (folders[1] / "config.json").write_text(config)
-    draw = {"curves": plots.learning_curves, "forest": plots.forest, **plots.TABLES}[what]
+    draw = (plots.FIGURES | plots.TABLES)[what]
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         draw(folders)
 
