@@ -5,14 +5,15 @@
     python study.py samples    # and from more or fewer tokens of a problem, the same way
     python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
+    python study.py cold       # what compare and samples have trained, at the post's temperature of evaluation
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
 study can be stopped at any moment and goes on with the same command. Of a run that is finished, or that guard.py
-stopped as collapsed, config.json and the metrics, packed, go to results/STAGE/. Stage search runs `python evaluate.py`
-on what stage compare left in runs/, a JSON file each.
+stopped as collapsed, config.json and the metrics, packed, go to results/STAGE/. Stages cold and search run `python
+evaluate.py` on what others left in runs/, a JSON file each.
 """
 
 import json
@@ -98,8 +99,8 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, search, chat
-    seeds: int = 5  # of compare and samples; of ablate at most 3, of chat 2
+    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, cold, search, chat
+    seeds: int = 5  # of compare, samples and cold; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(METHODS)
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
@@ -141,6 +142,13 @@ def ablate(config: StudyConfig) -> Jobs:
         yield f"{name}-seed{seed}", f"{METHODS['mcts']} --seed {seed} {options} {BUDGET} {TEST}"
 
 
+def cold(config: StudyConfig) -> Jobs:
+    yield "base", "evaluate.py assets/tiny --temperature 0.2"
+    for stage in compare, samples:
+        for name, _ in stage(config):
+            yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
+
+
 def search(config: StudyConfig) -> Jobs:
     for (when, model), (name, options) in product(SEARCHED.items(), SEARCHES.items()):
         yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
@@ -160,9 +168,12 @@ STAGES = {
     "samples": samples,
     "targets": targets,
     "ablate": ablate,
+    "cold": cold,
     "search": search,
     "chat": chat,
 }
+
+EVALUATED = ("cold", "search")  # stages that train nothing
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
@@ -233,7 +244,7 @@ def main() -> None:
     for name, command in jobs.items():
         for folder in (Path("runs"), config.out):
             check_settings(folder / config.stage / name, command.split())
-    do, failed = measure if config.stage == "search" else run, 0
+    do, failed = measure if config.stage in EVALUATED else run, 0
     with ThreadPoolExecutor(config.jobs) as pool:
         try:
             running = {pool.submit(do, name, command, config): name for name, command in jobs.items()}
