@@ -1,12 +1,13 @@
 """Figures from run folders, for the README and the notebooks.
 
-python plots.py curves results/compare/*                     # validation mean@k against generated tokens
-python plots.py table results/compare/*                      # their scores, a row a run
-python plots.py summary results/compare/*                    # the README's table, a row a method
-python plots.py validation results/targets/*                 # validation scores, the best first
-python plots.py forest results/ablate/* results/compare/mcts*   # test scores less those of the usual search
-python plots.py search results/search/*                      # problems solved at test time against tokens spent
-python plots.py tree RUN/trees/000000.json                   # searched trees as one interactive page beside the file
+python plots.py curves results/compare/*                       # validation mean@k against generated tokens
+python plots.py table results/compare/*                        # their scores, a row a run
+python plots.py summary results/compare/*                      # the README's table, a row a method
+python plots.py validation results/targets/*                   # validation scores, the best first
+python plots.py forest results/ablate/* results/compare/mcts*  # test scores less those of the usual search
+python plots.py scores results/cold/*                          # what evaluate.py found, a row a policy
+python plots.py search results/search/*                        # problems solved at test time against tokens spent
+python plots.py tree RUN/trees/000000.json                     # searched trees as one interactive page beside the file
 """
 
 import math
@@ -125,16 +126,21 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     return axes.figure
 
 
+def read_scores(file: Path) -> dict:
+    """What `evaluate.py --out` has written. ValueError for another file."""
+    found = read_json(file)
+    if not (found.get("scores") and {"model", "search", "children"} <= found.keys()):
+        raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
+    return found
+
+
 def search_curves(files: list[Path], axes=None):
     """Problems solved against the tokens that a search spent on each, from `evaluate.py --out` files with several
     budgets, with 95 % intervals over problems. Policies have a line style each, trees a shade. Returns the matplotlib
     figure."""
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    found = [read_json(file) for file in files]
-    for file, one in zip(files, found):
-        if not (one.get("scores") and {"model", "search", "children"} <= one.keys()):
-            raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
+    found = [read_scores(file) for file in files]
     models = list(dict.fromkeys(one["model"] for one in found))
     widths = sorted({one["children"] for one in found if one["search"] == "mcts"})
     for one in found:
@@ -351,16 +357,43 @@ def validation_table(folders: list[Path]) -> str:
     return "\n".join(lines + stopped)
 
 
+def evaluated(files: list[Path]) -> dict[str, np.ndarray]:
+    """The shares of samples that are right, [seeds, problems], from files of evaluate.py NAME-seedN.json."""
+    found = defaultdict(list)
+    for file in files:
+        one = read_scores(file)
+        if one["search"] != "none":
+            raise ValueError(f"{file} holds scores of a search, not of a policy alone")
+        score = one["scores"][0]
+        found[re.sub(r"-seed\d+$", "", file.stem)].append(np.array(score["right"]) / score["samples"])
+    if len({shares.shape for some in found.values() for shares in some}) > 1:
+        raise ValueError("evaluations of more and of fewer problems can't share a table")
+    return {name: np.array(some) for name, some in found.items()}
+
+
+def scores_table(files: list[Path]) -> str:
+    """A Markdown table of evaluations of policies alone, the best first: scores, pooled over seeds, and how far from
+    those of `mcts`."""
+    found = evaluated(files)
+    lines = ["| policy | seeds | mean@k | less mcts's | pass@k |", "|" + "---|" * 5]
+    for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
+        mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
+        lead = [100 * x for x in pooled(shares, found["mcts"])] if "mcts" in found and name != "mcts" else None
+        less = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
+        lines.append(f"| {name} | {len(shares)} | **{mean}** | {less} | {passed} |")
+    return "\n".join(lines)
+
+
 FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}
-TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table}
+TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table, "scores": scores_table}
 
 
 @dataclass
 class PlotConfig:
     """Draw the learning curves of some run folders, or print their results as a table."""
 
-    what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, tree
-    folders: tyro.conf.Positional[list[Path]]  # runs; for search: files of evaluate.py; for tree: of --dump-trees
+    what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, scores, tree
+    folders: tyro.conf.Positional[list[Path]]  # runs; of evaluate.py files for scores, search; for tree: --dump-trees'
     out: Path = Path("curves.png")  # of curves, forest and search
     x: str = "generated"  # generated, seconds, cpu_seconds
 
@@ -369,7 +402,7 @@ class PlotConfig:
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
-        if self.what not in ("search", "tree"):  # a shell's glob names other files too
+        if self.what not in ("scores", "search", "tree"):  # a shell's glob names other files too
             self.folders = [f for f in self.folders if runs.log_of(f)]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")

@@ -63,7 +63,7 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     done = subprocess.run([sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{method} in {kit} ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = runs.read_metrics(folder)
     first, last = next(row for row in rows if row["step"] == 1), rows[-1]
     return 1e6 * (last["seconds"] - first["seconds"]) / (last["generated"] - first["generated"])
 

@@ -170,6 +170,28 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     assert one == ["best-of-n", "mcts, K = 2"] and two == ["best-of-n, a", "mcts, K = 2, a", "best-of-n, b"]
 
 
+def test_evaluations_of_seeds_are_pooled(tmp_path):
+    """Prevents a seed taken for a policy of its own, a difference to another row than the search's, and searches or
+    fewer problems taken for the same."""
+    told = {"mcts-seed1": [4, 0], "mcts-seed2": [0, 0], "none-seed1": [4, 4], "base": [1, 0]}
+    for name, right in told.items():
+        scores = [{"right": right, "samples": 4}]
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"model": name, "search": "none", "children": 3, "scores": scores})
+        )
+    files = sorted(tmp_path.iterdir())
+    none, search, base = plots.scores_table(files).splitlines()[2:]
+    assert none.startswith("| none | 1 | **100.0% [100.0%, 100.0%]** | +75.0 [") and none.endswith(
+        " | 100.0% [100.0%, 100.0%] |"
+    )
+    assert search.startswith("| mcts | 2 | **25.0% [") and " | – | 25.0% [" in search
+    assert base.startswith("| base | 1 | **12.5% [") and " | -12.5 [" in base and " | 50.0% [" in base
+    for change in {"search": "mcts"}, {"scores": [{"right": [1, 2, 3], "samples": 4}]}:
+        files[0].write_text(json.dumps({"model": "a", "search": "none", "children": 3, "scores": scores} | change))
+        with pytest.raises(ValueError, match="base.json holds scores of a search|can't share a table"):
+            plots.scores_table(files)
+
+
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     """Prevents a row that looks like the post's loss because its method was run from right answers alone only."""
     finish(folders[0], [1, 2], failures=True, problems=16)
