@@ -5,7 +5,7 @@
     python study.py samples    # and from more or fewer tokens of a problem, the same way
     python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
-    python study.py cold       # what compare and samples have trained, at the post's temperature of evaluation
+    python study.py cold       # what these have trained on the test problems again, at the post's temperature
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
@@ -144,7 +144,7 @@ def ablate(config: StudyConfig) -> Jobs:
 
 def cold(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --temperature 0.2"
-    for stage in compare, samples:
+    for stage in compare, samples, ablate:
         for name, _ in stage(config):
             yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
