@@ -29,6 +29,7 @@ study: .venv/installed
 	$(BIN)/python study.py samples
 	$(BIN)/python study.py targets
 	$(BIN)/python study.py ablate
+	$(BIN)/python study.py cold
 	$(BIN)/python study.py search
 
 # 20 runs killed at random moments and resumed, held against one that was left alone

@@ -38,11 +38,11 @@ class Config:
     size: int = 4  # numbers in a problem
     split: str = "multiset"  # multiset (no leak), post (leaks, for comparison)
     train_problems: int = 20_000
-    strict: bool = True  # intermediate results must be positive integers; the post did not check
+    strict: bool = True  # the training reward wants positive integers between steps too, as every test; the post didn't
 
     # budget: whichever ends first
     tokens: int = 1_500_000  # generated tokens, 0 for no limit
-    steps: int = 0  # optimiser steps, 0 for no limit
+    steps: int = 0  # of collecting and learning, 0 for no limit
 
     # collecting
     problems: int = 12  # problems a step
@@ -189,6 +189,8 @@ def settings(saved: dict) -> dict:
     and a model is known by its name, wherever its folder lies."""
     whole = asdict(Config()) | EARLIER | saved
     tree = asdict(TINY_TREE) | saved.get("tree", {})
+    if whole["cluster"] == "none":
+        whole["max_staleness"] = 0
     kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}
     return kept | {f"tree.{key}": value for key, value in tree.items()} | {"model": Path(whole["model"]).name}
 
@@ -248,6 +250,8 @@ def preset_for(name: str, method: str) -> Config:
     """A preset's settings for a method. KeyError for an unknown preset, ValueError for an unknown method."""
     preset = replace(PRESETS[name], search=method)
     own = TINY_STEPS.get(method, {}) if name == "tiny" else {}
+    if name == "post" and method in ("cispo", "grpo"):
+        own = dict(samples=16)
     return replace(preset, loss="ppo" if method == "grpo" else preset.loss, **own)
 
 
@@ -258,6 +262,8 @@ def resumed(args: list[str]) -> Config:
         runs.fail("--resume needs the folder of a run")
     folder = Path(args[at + 1])
     options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
+    if given(options, "--out", ""):
+        runs.fail("--resume goes on in the run's own folder: leave out --out, or copy the folder first")
     saved = runs.read_settings(folder)
     if not isinstance(tree := saved.get("tree", {}), dict):
         runs.fail(f"{folder}/config.json is damaged: its tree is no JSON object")

@@ -15,6 +15,7 @@ from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_conte
 
 MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
+NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out distinct"
 
 
 class VLLMSampler:
@@ -67,7 +68,9 @@ class VLLMSampler:
         if self.llm.get_tokenizer().decode(probe) != policy.tokenizer.decode(probe):
             raise ValueError("vLLM reads this model's tokenizer in another way: pass --sampler torch")
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
+        if distinct:
+            raise ValueError(NOT_DISTINCT)
         began = time.perf_counter()
         check_context(self.context, max(map(len, prefixes), default=0), 1)
         self._serve()
@@ -139,9 +142,10 @@ class VLLMSampler:
         return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
 
 
-def pick_sampler(sampler: str, device: str, quantize: str = "none") -> str:
+def pick_sampler(sampler: str, device: str, quantize: str = "none", distinct: bool = False) -> str:
     """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch, and torch beside
-    other ranks; ValueError if vLLM isn't there or can't serve the weights (since 0.28 bitsandbytes is a plugin)."""
+    other ranks or where a search wants distinct steps; ValueError if vLLM isn't there, can't serve the weights (since
+    0.28 bitsandbytes is a plugin) or not draw so."""
     if ranks.world() > 1 and sampler != "torch":
         if sampler == "vllm":
             raise ValueError(
@@ -149,7 +153,10 @@ def pick_sampler(sampler: str, device: str, quantize: str = "none") -> str:
             )
         return "torch"
     if sampler == "auto":
-        return "vllm" if find_spec("vllm") and device.startswith("cuda") and quantize == "none" else "torch"
+        served = quantize == "none" and not distinct
+        return "vllm" if find_spec("vllm") and device.startswith("cuda") and served else "torch"
+    if sampler == "vllm" and distinct:
+        raise ValueError(NOT_DISTINCT)
     if sampler == "vllm" and quantize != "none":
         raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
     if sampler == "vllm" and not find_spec("vllm"):

@@ -5,8 +5,8 @@
     python evaluate.py assets/tiny --search best-of-n --budget 1024    # its rival at the same budget; several: 64 256
 
 mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
-With search, one answer a problem is chosen, either by the verifier's dense reward (best-of-n; and the tree's best
-graded answer): Countdown's verifier needs no secret, so a deployed solver has it too.
+With search, one answer a problem is chosen by the verifier's dense reward, among samples or among a tree's answers:
+Countdown's verifier needs no secret, so a deployed solver has it too.
 """
 
 import json
@@ -76,6 +76,11 @@ class Score:
             usage,
             [sum(r.correct for r in row) for row in rewards],
         )
+
+    @classmethod
+    def read(cls, saved: dict) -> "Score":
+        """From `asdict` of one."""
+        return cls(**saved | {"usage": Usage(**saved["usage"])})
 
     def line(self) -> str:
         return (
@@ -168,6 +173,8 @@ class EvaluateConfig:
     max_tokens: int = 64  # of a completion
     simulations: int = 1024  # visits a tree at most, with mcts
     children: int = 3
+    distinct: bool = False  # children drawn without replacement
+    min_p: float = 0.0  # of distinct children: those less likely than this share of the likeliest one are not drawn
     prior: str = "sum"  # mean, sum, count, uniform
     workers: int = 1
     sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm
@@ -195,7 +202,7 @@ class EvaluateConfig:
 
     def tree(self, budget: int) -> SearchConfig:
         """The settings of a search with so many tokens a problem."""
-        shared = ("simulations", "children", "prior", "workers", "temperature", "max_tokens")
+        shared = ("simulations", "children", "distinct", "min_p", "prior", "workers", "temperature", "max_tokens")
         return SearchConfig(token_budget=budget, **{name: getattr(self, name) for name in shared})
 
 
@@ -204,7 +211,7 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
     done."""
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
     device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device, config.quantize)
+    engine = pick_sampler(config.sampler, device, config.quantize, config.search == "mcts" and config.distinct)
     folder, base = locate(config.model)
     tokenizer = read_tokenizer(folder, base)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)

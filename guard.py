@@ -14,7 +14,7 @@ class Guard:
     """A step is bad if the KL divergence from the reference is above `max_kl` nats a token, or if less than a fifth of
     its answers have the format although most of an earlier step's had it. `patience` bad steps in a row stop the run:
     one alone may be an outlier, the estimate of the divergence being an exponential of the log-ratio. A step that
-    taught the policy nothing has no KL and, if it is not bad for its format, no say where earlier ones had one."""
+    taught the policy nothing has no KL: unless its format is bad, it neither adds to a row of bad steps nor ends it."""
 
     max_kl: float
     patience: int

@@ -84,8 +84,8 @@ def update(
     """`inner_steps` optimiser steps on the trajectories. Returns the last one's averages, as `config.normalize` names
     them, over what the policy learns from (`value_loss`: the critic); the norms of the gradients; how far the sampler's
     log-probabilities were from the trainer's before the first (`disagreement_mean`, `disagreement_max`); and the tokens
-    of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out. Stopped, before weights and
-    optimiser are touched, where loss or gradient isn't finite."""
+    of a micro-batch (`micro_tokens`; 0: the config's), halved if the GPU's memory ran out. Stopped where loss or
+    gradient isn't finite, before that inner step touches weights and optimiser."""
     if len({t.advantages is None for t in trajectories}) > 1 or len({t.returns is None for t in trajectories}) > 1:
         raise ValueError("a step's trajectories must all have advantages, or none, and so with returns")
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
@@ -215,7 +215,8 @@ def batch_loss(policy: Policy, group: list[Trajectory], config: Config, step: li
     parts = {"policy_loss": policy_loss, "entropy": entropy, "ratio": (logprobs - old).exp()}  # [B, T]
     total = policy_loss
     if config.kl_coefficient:
-        parts["kl"] = kl_k3(logprobs, policy.reference_logprobs(batch, config.temperature))
+        reference = policy.reference_logprobs(batch, config.temperature)  # [B, T]
+        parts["kl"] = kl_k3(logprobs * mask, reference * mask)  # elsewhere they may be far apart
         total = total + config.kl_coefficient * parts["kl"]
     means = {name: (part.detach() * weights).sum() for name, part in parts.items()}
     disagreement = ((logprobs - recorded) * mask).detach().abs()  # [B, T]

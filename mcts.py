@@ -26,7 +26,7 @@ import numpy as np
 
 from checks import check, check_choices
 from countdown import Problem, Reward
-from sampling import Sample, Sampler, Usage
+from sampling import Distinct, Sample, Sampler, Usage
 
 PRIORS = ("mean", "sum", "count", "uniform")
 UNVISITED = ("parent", "zero")
@@ -41,6 +41,8 @@ class SearchConfig:
 
     simulations: int = 64  # visits a tree, the root's own included
     children: int = 4  # steps sampled at a node, K
+    distinct: bool = False  # drawn without replacement, at most K (not with vLLM)
+    min_p: float = 0.0  # of distinct steps: those less likely than this share of the likeliest one are not drawn
     workers: int = 4  # leaves a tree selects in one wave
     c_puct: float = 0.5  # exploration constant c
     selection: str = "puct"  # puct, uct, gumbel (sequential halving at the root, improved policy below)
@@ -55,11 +57,14 @@ class SearchConfig:
 
     def __post_init__(self):
         check(self, "at least", 1, "simulations children workers step_tokens max_tokens max_depth")
-        check(self, "at least", 0, "c_puct token_budget")
+        check(self, "at least", 0, "c_puct token_budget min_p")
+        check(self, "at most", 1, "min_p")
         check(self, "above", 0, "temperature")
         check_choices(self, selection=SELECTIONS, prior=PRIORS, unvisited=UNVISITED, virtual_loss=VIRTUAL_LOSSES)
         if self.selection == "gumbel" and self.token_budget:
             raise ValueError("sequential halving plans its simulations: gumbel takes no token_budget")
+        if self.min_p and not self.distinct:
+            raise ValueError("min_p is for distinct steps: pass distinct too")
 
     @property
     def drawn_tokens(self) -> int:
@@ -270,8 +275,9 @@ def expand(leaves: Leaves, sampler: Sampler, config: SearchConfig) -> Usage:
         return Usage()
     states = [tree.state(leaf) for tree, leaf in fresh]
     seeds = [int(tree.rng.integers(2**63)) for tree, _ in fresh]
+    distinct = Distinct(config.min_p) if config.distinct else None
     drawn, usage = sampler.sample(
-        states, config.children, seeds, config.step_tokens, config.temperature, stop_at_step=True
+        states, config.children, seeds, config.step_tokens, config.temperature, stop_at_step=True, distinct=distinct
     )
     for (tree, leaf), samples in zip(fresh, drawn, strict=True):
         tree.expansions += 1

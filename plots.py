@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 import explorer
 import runs
-from checks import check_choices, check_writable, read_json
+from checks import check_choices, check_writable, differing, read_json
 from config import Config, settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
@@ -93,7 +93,7 @@ def along(rows: list[dict], x: str) -> list[float]:
     return [row[x] for row in rows]
 
 
-def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_mean", axes=None):
+def learning_curves(folders: list[Path], x: str = "generated", axes=None):
     """Validation score against `x` (generated tokens, seconds or CPU seconds): for each method the mean over seeds, in
     a band from the lowest seed to the highest. Returns the matplotlib figure."""
     curves, styles, free = defaultdict(list), {}, defaultdict(lambda: cycle(["-", "--", ":", "-."]))
@@ -101,12 +101,12 @@ def learning_curves(folders: list[Path], x: str = "generated", key: str = "eval_
     for name, found in by_method(folders).items():
         styles[name] = next(free[name.partition(",")[0]])  # the same whatever x is
         for _, rows in found:
-            points = [(at, 100 * row[key]) for at, row in zip(along(rows, x), rows) if key in row]
-            ks |= {str(row["eval_k"]) for row in rows if key in row}
+            points = [(at, 100 * row["eval_mean"]) for at, row in zip(along(rows, x), rows) if "eval_mean" in row]
+            ks |= {str(row["eval_k"]) for row in rows if "eval_k" in row}
             if points and points[-1][0]:
                 curves[name].append(tuple(zip(*points)))
     if not curves:
-        raise ValueError(f"none of the runs has been evaluated yet (no {key} by {ALONG[x]})")
+        raise ValueError(f"none of the runs has been evaluated yet (no eval_mean by {ALONG[x]})")
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, seeds in curves.items():
@@ -134,12 +134,11 @@ def read_scores(file: Path) -> dict:
     return found
 
 
-def search_curves(files: list[Path], axes=None):
+def search_curves(files: list[Path]):
     """Problems solved against the tokens that a search spent on each, from `evaluate.py --out` files with several
     budgets, with 95 % intervals over problems. Policies have a line style each, trees a shade. Returns the matplotlib
     figure."""
-    if axes is None:
-        _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     found = [read_scores(file) for file in files]
     models = list(dict.fromkeys(one["model"] for one in found))
     widths = sorted({one["children"] for one in found if one["search"] == "mcts"})
@@ -226,7 +225,7 @@ def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
     return finished(left, "test_right"), seeds
 
 
-def forest(folders: list[Path], axes=None):
+def forest(folders: list[Path]):
     """By how many points of test mean@k runs are ahead of `search_like` them, with 95 % intervals: a row a setting, the
     best first. Returns the matplotlib figure."""
     found, seeds = tested(folders)
@@ -235,8 +234,7 @@ def forest(folders: list[Path], axes=None):
         raise ValueError("none of the runs can be held against a search: pass those of `mcts` too")
     names = sorted(leads, key=lambda name: leads[name][0])  # drawn from the bottom
     middle, low, high = np.array([leads[name] for name in names]).T
-    if axes is None:
-        _, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
+    _, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
     colors = [COLORS[name.partition(",")[0]] for name in names]
     axes.hlines(names, low, high, colors, linewidth=2)
     axes.scatter(middle, names, color=colors, zorder=2)
@@ -357,25 +355,28 @@ def validation_table(folders: list[Path]) -> str:
     return "\n".join(lines + stopped)
 
 
-def evaluated(files: list[Path]) -> dict[str, np.ndarray]:
-    """The shares of samples that are right, [seeds, problems], from files of evaluate.py NAME-seedN.json."""
-    found = defaultdict(list)
+def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
+    """The shares of samples that are right, [seeds, problems], from files of evaluate.py NAME-seedN.json, and the
+    settings that they share. ValueError if they don't."""
+    found, shared = defaultdict(list), {}
     for file in files:
         one = read_scores(file)
-        if one["search"] != "none":
+        told = {key: one.get(key) for key in ("search", "samples", "temperature", "max_tokens", "problems", "data")}
+        if told["search"] != "none":
             raise ValueError(f"{file} holds scores of a search, not of a policy alone")
+        if differ := differing(shared := shared or told, told):
+            raise ValueError(f"{file} can't share a table with {files[0]}: {'; '.join(differ)}")
         score = one["scores"][0]
         found[re.sub(r"-seed\d+$", "", file.stem)].append(np.array(score["right"]) / score["samples"])
-    if len({shares.shape for some in found.values() for shares in some}) > 1:
-        raise ValueError("evaluations of more and of fewer problems can't share a table")
-    return {name: np.array(some) for name, some in found.items()}
+    return {name: np.array(some) for name, some in found.items()}, shared
 
 
 def scores_table(files: list[Path]) -> str:
     """A Markdown table of evaluations of policies alone, the best first: scores, pooled over seeds, and how far from
     those of `mcts`."""
-    found = evaluated(files)
-    lines = ["| policy | seeds | mean@k | less mcts's | pass@k |", "|" + "---|" * 5]
+    found, shared = evaluated(files)
+    k, at = shared["samples"], shared["temperature"]
+    lines = [f"| policy | seeds | mean@{k} at {at} | less search's | pass@{k} |", "|" + "---|" * 5]
     for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
         mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
         lead = [100 * x for x in pooled(shares, found["mcts"])] if "mcts" in found and name != "mcts" else None
@@ -390,10 +391,10 @@ TABLES = {"table": results_table, "summary": summary_table, "validation": valida
 
 @dataclass
 class PlotConfig:
-    """Draw the learning curves of some run folders, or print their results as a table."""
+    """Draw a figure of some runs, print their results as a table, or make a page of searched trees."""
 
     what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, scores, tree
-    folders: tyro.conf.Positional[list[Path]]  # runs; of evaluate.py files for scores, search; for tree: --dump-trees'
+    folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
     out: Path = Path("curves.png")  # of curves, forest and search
     x: str = "generated"  # generated, seconds, cpu_seconds
 

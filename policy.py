@@ -239,7 +239,13 @@ def read_tensors(file: Path) -> dict:
     """What `save_file` or `torch.save` wrote. ValueError for a torn file, and for a pickle that holds more than tensors
     and plain values, before anything in it runs."""
     try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)  # noqa: TID251
+        return (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(  # noqa: TID251
+                file, map_location="cpu", weights_only=True
+            )
+        )
     except Exception as error:  # torn, foreign or hostile: each raises its own
         raise ValueError(f"{file} can't be read as plain tensors ({type(error).__name__})") from None
 

@@ -114,7 +114,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         scores = {}
         if config.test_before:
             state["before"] = state.get("before") or asdict(parts.test(run, state, "before"))
-            scores["before"] = Score(**state["before"])
+            scores["before"] = Score.read(state["before"])
         if is_due(state, "kept", config.checkpoints):
             run.checkpoint(parts.save, state)
 
@@ -127,7 +127,11 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             set_rates(optimizer, state, config)
             sampler.rest()
             collected = time.perf_counter()
-            losses = update(policy, optimizer, trajectories, config, state["micro_tokens"]) if trajectories else {}
+            try:
+                losses = update(policy, optimizer, trajectories, config, state["micro_tokens"]) if trajectories else {}
+            except runs.Stopped as reason:
+                record(run, state | {"step": state["step"] + 1}, {"stopped": str(reason)})
+                raise
 
             ended = time.perf_counter()
             advance(state, usage, losses, ended - began, config)

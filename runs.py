@@ -279,8 +279,8 @@ def fingerprint(settings: dict) -> str:
 
 
 def ending(rows: list[dict]) -> str:
-    """How a run with such rows has ended: "finished" (final policy and test), "stopped" (by guard.py), or "" if it
-    has not."""
+    """How a run with such rows has ended: "finished" (final policy and test), "stopped" (by guard.py, or for a loss
+    that is not finite), or "" if it has not."""
     last = rows[-1] if rows else {"step": 0}
     if "stopped" in last:
         return "stopped"

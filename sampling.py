@@ -8,6 +8,7 @@ so what is drawn for it does not depend on what else is in the batch. engines.py
 tests/test_samplers.py holds both to the same contract.
 """
 
+import math
 import time
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -20,6 +21,7 @@ from countdown import Problem, Reward
 from policy import Policy, left_pad
 
 STEP_END = "</step>"
+ENDS = ("length", "step", "end")  # why a continuation ended
 KEPT = 2**17  # tokens whose keys and values TorchSampler keeps between calls
 DRAW_CHUNK = 2**24  # elements of [rows, vocabulary] alive at once while tokens are drawn: about 0.5 GB
 
@@ -44,7 +46,7 @@ class Sample:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    ended: str = "length"  # "step": </step> was written, "end": the model ended its turn, "length": out of tokens
+    ended: str = "length"  # of ENDS: out of tokens, </step> was written, the model ended its turn
 
 
 @dataclass
@@ -68,6 +70,13 @@ class Trajectory:
         return self.advantages is None or self.returns is not None
 
 
+@dataclass(frozen=True)
+class Distinct:
+    """Continuations of a prefix that are drawn without replacement: no two are the same."""
+
+    min_p: float = 0.0  # those that are less likely than this share of the likeliest one are not drawn
+
+
 class Sampler(Protocol):
     def sample(
         self,
@@ -77,9 +86,11 @@ class Sampler(Protocol):
         max_tokens: int,
         temperature: float,
         stop_at_step: bool,
+        distinct: Distinct | None = None,
     ) -> tuple[list[list[Sample]], Usage]:
         """`n` continuations of each prefix, of at most `max_tokens` tokens; prefix i draws from the stream seeds[i].
-        The policy's newest weights are served, whatever happened since the last call."""
+        Fewer than n if they are to be `distinct` and there are not so many. The policy's newest weights are served,
+        whatever happened since the last call."""
 
     def values(self, states: list[list[int]]) -> tuple[list[float], Usage]:
         """The critic's V(s) in [-1, 1] of token sequences, and what they cost."""
@@ -122,7 +133,7 @@ class TorchSampler:
         self.read: dict[tuple[int, ...], torch.Tensor] = {}  # the last call's prefixes, and their hidden states [H]
         self.version = policy.version  # whose states these are
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
         began = time.perf_counter()
         check_context(self.context, max(map(len, prefixes), default=0), max_tokens)
         if self.pool.full or self.version != self.policy.version or not any(len(self.pool.find(p)) for p in prefixes):
@@ -130,16 +141,15 @@ class TorchSampler:
         self.read, self.version = {}, self.policy.version
         order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # neighbours pad little
         rows: list[list[Sample]] = [[] for _ in prefixes]
-        size, prefilled = max(1, self.batch // n), 0
+        size, usage = max(1, self.batch // n), Usage()
         for start in range(0, len(order), size):
             some = order[start : start + size]
-            streams = [seeds[i] for i in some]
-            drawn, run = self._decode([prefixes[i] for i in some], n, streams, max_tokens, temperature, stop_at_step)
-            prefilled += run
+            starts, streams = ([items[i] for i in some] for items in (prefixes, seeds))
+            drawn, used = self._decode(starts, n, streams, max_tokens, temperature, stop_at_step, distinct)
+            usage += used
             for i, samples in zip(some, drawn, strict=True):
                 rows[i] = samples
-        generated = sum(len(s.tokens) for row in rows for s in row)
-        return rows, Usage(generated, prefilled, time.perf_counter() - began)
+        return rows, usage + Usage(seconds=time.perf_counter() - began)
 
     @torch.inference_mode()
     def values(self, states):
@@ -156,33 +166,44 @@ class TorchSampler:
         self.read = {}
 
     @torch.inference_mode()
-    def _decode(self, prefixes, n, seeds, max_tokens, temperature, stop_at_step) -> tuple[list[list[Sample]], int]:
-        """`n` samples of each prefix, and how many of the prefixes' tokens were run."""
+    def _decode(self, prefixes, n, seeds, max_tokens, temperature, stop_at_step, distinct=None):
+        """The samples of each prefix, and what was drawn and run for them."""
         policy, device, total = self.policy, self.policy.device, n * len(prefixes)
+        beams = Beams(len(prefixes), n, distinct.min_p, device) if distinct else None
         # u[row, t] decides token t of a row: a stream a prefix, whatever the batch around it
-        uniform = np.concatenate([np.random.default_rng(seed).random((n, max_tokens)) for seed in seeds])
-        uniform = torch.from_numpy(uniform).to(device)  # [R, T], fp64
+        shape = (n, max_tokens, 2, n) if beams else (n, max_tokens, 1, 1)
+        uniform = np.concatenate([np.random.default_rng(seed).random(shape) for seed in seeds])
+        uniform = torch.from_numpy(uniform).to(device)  # [R, T, …], fp64
         cache, hidden, attention, run = self._prefill(prefixes, stop_at_step)  # a row a prefix, hidden [B, H]
         length = attention.shape[1]
         attention = torch.cat([attention, attention.new_ones(len(prefixes), max_tokens)], 1)  # [B, L + T]
 
         tokens = torch.zeros(total, max_tokens, dtype=torch.long, device=device)  # [R, T]
         logprobs = torch.zeros(total, max_tokens, device=device)  # [R, T]
-        lengths, ended = [max_tokens] * total, ["length"] * total
-        alive = torch.arange(total, device=device)  # the samples that are not done, [s]
+        lengths, ended = torch.zeros(2, total, dtype=torch.long, device=device)  # [R] each, the second of ENDS
+        alive = torch.arange(0, total, n if beams else 1, device=device)  # the samples that are not done, [s]
         row = alive // n  # of the cache, for each of them [s]: siblings share one until they differ
         origin = torch.arange(len(prefixes), device=device)  # the prefix of each row, [r]
         stops = torch.tensor(sorted(policy.stop_ids), device=device)
+        generated = 0
         for t in range(max_tokens):
-            token, logprobs[alive, t] = self._draw(hidden[row], uniform[alive, t], temperature)  # [s], [s]
-            tokens[alive, t] = token
+            token, logprob, left = self._draw(hidden[row], uniform[alive, t, 0], temperature)  # [s, 1 or n] each
+            if beams:
+                source, alive, which = beams.choose(alive, logprob, left, uniform[alive, t, 1])
+                tokens, logprobs, lengths, ended = (x[source] for x in (tokens, logprobs, lengths, ended))
+                lengths[beams.score == -torch.inf] = 0  # dropped
+                token, logprob, row = token.flatten()[which], logprob.flatten()[which], row[which // n]
+                if not len(alive):
+                    break
+            tokens[alive, t], logprobs[alive, t], lengths[alive] = token.view(-1), logprob.view(-1), t + 1
+            token = token.view(-1)
+            generated += len(alive)
             done = at_end = torch.isin(token, stops)  # [s]
             if stop_at_step:
                 done = at_end | self._at_step(tokens[alive, max(0, t + 1 - len(STEP_END)) : t + 1])
             some, last = bool(done.any()), t + 1 == max_tokens
             if some:
-                for i, is_end in zip(alive[done].tolist(), at_end[done].tolist(), strict=True):
-                    lengths[i], ended[i] = t + 1, "end" if is_end else "step"
+                ended[alive[done]] = 1 + at_end[done].long()
             if stop_at_step and (some or last):  # searches go on from here; the last token has not been run
                 steps = (~at_end if last else done & ~at_end).nonzero().flatten()
                 starts = [(prefixes[i // n], tokens[i, :t].tolist()) for i in alive[steps].tolist()]
@@ -192,15 +213,16 @@ class TorchSampler:
             if some:
                 alive, row, token = alive[~done], row[~done], token[~done]
             parent, moved, place, row, token = share(row, token)
-            cache.move(parent[moved], place[moved], len(alive))
+            cache.move(parent[moved], place[moved], total if beams else len(alive))
             origin = torch.empty_like(parent).scatter_(0, place, origin[parent])
             ids = torch.empty_like(parent).scatter_(0, place, token)  # [r]
             seen = attention[origin, : length + t + 1]  # [r, L + t + 1]
             hidden = policy.hidden(ids[:, None], seen, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-        table = zip(tokens.tolist(), logprobs.tolist(), lengths, ended, strict=True)
-        samples = [Sample(row[:length], logp[:length], why) for row, logp, length, why in table]
-        return [samples[i : i + n] for i in range(0, total, n)], run
+        table = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+        samples = [Sample(row[:length], logp[:length], ENDS[why]) for row, logp, length, why in table]
+        found = [[sample for sample in samples[i : i + n] if sample.tokens] for i in range(0, total, n)]
+        return found, Usage(generated, run)
 
     def _prefill(self, prefixes, keep: bool) -> tuple[Rows, torch.Tensor, torch.Tensor, int]:
         """The prefixes' cache, their last hidden states [B, H] and attention mask [B, L], and how many tokens were run:
@@ -221,12 +243,18 @@ class TorchSampler:
         return cache, hidden, attention, sum(min(len(prefix), width) for prefix in prefixes)
 
     def _draw(self, hidden: torch.Tensor, uniform: torch.Tensor, temperature: float):
-        """A token and its log-probability for each row of hidden states [r, H], a chunk of rows at a time."""
+        """m different tokens for each row of hidden states [r, H] from uniform numbers [r, m], their log-probabilities
+        and the log of the probability that each was drawn from; a chunk of rows at a time. All [r, m]."""
         drawn = []
-        for states, u in zip(hidden.split(self.chunk), uniform.split(self.chunk), strict=True):
-            logp = torch.log_softmax(self.policy.head(states) / temperature, -1)  # [chunk, V]
-            token = inverse_cdf(logp, u)  # [chunk]
-            drawn.append((token, logp.gather(-1, token[:, None]).squeeze(-1)))
+        for states, numbers in zip(hidden.split(self.chunk), uniform.split(self.chunk), strict=True):
+            logp, found = torch.log_softmax(self.policy.head(states) / temperature, -1), []  # [chunk, V]
+            for u in numbers.unbind(1):
+                token = inverse_cdf(logp, u)[:, None]  # [chunk, 1]
+                left = torch.logsumexp(logp.double(), 1, keepdim=True) if found else torch.zeros_like(token)
+                found.append((token, logp.gather(1, token), left))
+                if len(found) < numbers.shape[1]:
+                    logp = logp.scatter(1, token, -torch.inf)
+            drawn.append([torch.cat(parts, 1) for parts in zip(*found)])
         return (torch.cat(parts) for parts in zip(*drawn, strict=True))
 
     def _at_step(self, tails: torch.Tensor) -> torch.Tensor:
@@ -257,8 +285,51 @@ def share(row: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return parent, moved, place, place[which], keys % size
 
 
+class Beams:
+    """Which continuations go on when n of each prefix are drawn without replacement: stochastic beam search (Kool et
+    al. 2019). Each that could be drawn has a log-probability perturbed by a Gumbel; those with the n highest are a draw
+    without replacement. Scores are made from the top down: a continuation hands its own to the first of its next
+    tokens, and each further one has a Gumbel truncated at the score before."""
+
+    def __init__(self, prefixes: int, n: int, min_p: float, device):
+        self.n, self.cut = n, math.log(min_p) if min_p else -math.inf
+        self.logp = torch.full((n * prefixes,), -torch.inf, dtype=torch.float64, device=device)  # [R], -inf: not in use
+        self.logp[::n] = 0  # a prefix is one continuation; which score it has changes nothing
+        self.score = self.logp.clone()  # [R]
+
+    def choose(self, alive, logprobs, left, uniform) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each sample `alive` [s] may go on with n next tokens, of `logprobs` and `left` [s, n] as `_draw` has them.
+
+        Returns the sample that each one of the n best goes on from [R], those that are alive now [s'], and which of the
+        s * n next tokens they have drawn [s']."""
+        scores = [self.score[alive]]
+        for j in range(1, self.n):
+            location = self.logp[alive] + left[:, j]
+            scores.append(location - torch.log(torch.exp(location - scores[-1]) - torch.log(uniform[:, j])))
+        score = self.beside_ended(self.score, alive, torch.stack(scores, 1))
+        logp = self.beside_ended(self.logp, alive, self.logp[alive, None] + logprobs)
+        likely = logp.isfinite() & (logp >= logp.amax(1, keepdim=True) + self.cut)
+        score, best = score.where(likely, -torch.inf).topk(self.n)  # [B, n]
+        self.score, self.logp = score.flatten(), logp.gather(1, best).flatten()
+        first = torch.arange(0, len(self.score), self.n, device=best.device)[:, None]
+        source, column = (first + best // (self.n + 1)).flatten(), (best % (self.n + 1)).flatten()  # [R]
+        place = torch.empty_like(source).scatter_(0, alive, torch.arange(len(alive), device=best.device))
+        alive = ((column < self.n) & (self.score > -torch.inf)).nonzero().flatten()
+        return source, alive, place[source[alive]] * self.n + column[alive]
+
+    def beside_ended(self, old: torch.Tensor, alive: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """For each prefix what its samples may become: `new` [s, n] for those alive, the `old` [R] for those that have
+        ended. [B, n * (n + 1)]"""
+        every = old.new_full((len(old), self.n + 1), -torch.inf)
+        every[:, self.n] = old
+        every[alive, self.n] = -torch.inf
+        every[alive, : self.n] = new
+        return every.view(-1, self.n * (self.n + 1))
+
+
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax rows [R, V] with one uniform number in [0, 1) each: the first index whose CDF exceeds it."""
+    """Draw from rows exp(logprobs) [R, V], whatever their sum, with one uniform number in [0, 1) each: the first index
+    whose CDF exceeds it."""
     cdf = logprobs.double().exp().cumsum(-1)  # [R, V]
     index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # [R]
     return index.clamp(max=logprobs.shape[-1] - 1)

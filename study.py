@@ -102,7 +102,7 @@ class StudyConfig:
     stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, cold, search, chat
     seeds: int = 5  # of compare, samples and cold; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(METHODS)  # but in ablate and search
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
 
     def __post_init__(self):
@@ -146,7 +146,8 @@ def cold(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --temperature 0.2"
     for stage in compare, samples, ablate:
         for name, _ in stage(config):
-            yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
+            if runs.ending(runs.read_metrics(config.out / stage.__name__ / name)) != "stopped":  # it has no policy
+                yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
 
 def search(config: StudyConfig) -> Jobs:

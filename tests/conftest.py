@@ -86,7 +86,7 @@ class FakeSampler:
         self.steps = steps
         self.calls = []  # the prefixes of each call
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
         self.calls.append([list(prefix) for prefix in prefixes])
         rows = []
         for prefix, seed in zip(prefixes, seeds):

@@ -14,7 +14,7 @@ import mcts
 from countdown import Problem, Reward, legal_moves, reachable, solvable
 from distill import LESSONS, best_answer, best_path
 from mcts import Node, SearchConfig, Tree
-from sampling import Sample, Usage
+from sampling import Distinct, Sample, Usage
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
 
@@ -416,7 +416,8 @@ def test_batched_search_equals_single_searches(random_world, config, seed, budge
 
 def test_a_wave_is_one_call(world):
     """Model calls for each leaf or each tree, which would be slow; a setting that doesn't reach the sampler."""
-    game, config = world(endless), SearchConfig(simulations=13, children=6, step_tokens=5, temperature=0.8)
+    settings = dict(simulations=13, children=6, step_tokens=5, temperature=0.8, distinct=True, min_p=0.25)
+    game, config = world(endless), SearchConfig(**settings)
     game.search(config, range(100, 105))
     assert game.sampled == game.valued and len(game.sampled[0]) == 5
     assert len(game.sampled) < sum(map(len, game.sampled)) / 5 == 13
@@ -424,7 +425,8 @@ def test_a_wave_is_one_call(world):
     for name, single in enumerate(singles, 100):
         single.search(config, [name])
     assert len(game.sampled) == max(len(single.sampled) for single in singles)
-    assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, dict(stop_at_step=True)))}
+    named = dict(stop_at_step=True, distinct=Distinct(0.25))
+    assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, named))}
 
 
 def test_answers_fill_a_wave(world):

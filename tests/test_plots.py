@@ -175,20 +175,20 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     fewer problems taken for the same."""
     told = {"mcts-seed1": [4, 0], "mcts-seed2": [0, 0], "none-seed1": [4, 4], "base": [1, 0]}
     for name, right in told.items():
-        scores = [{"right": right, "samples": 4}]
-        (tmp_path / f"{name}.json").write_text(
-            json.dumps({"model": name, "search": "none", "children": 3, "scores": scores})
-        )
+        one = {"model": name, "search": "none", "children": 3, "samples": 4, "temperature": 0.2}
+        (tmp_path / f"{name}.json").write_text(json.dumps(one | {"scores": [{"right": right, "samples": 4}]}))
     files = sorted(tmp_path.iterdir())
-    none, search, base = plots.scores_table(files).splitlines()[2:]
+    header, _, none, search, base = plots.scores_table(files).splitlines()
+    assert "mean@4 at 0.2" in header
     assert none.startswith("| none | 1 | **100.0% [100.0%, 100.0%]** | +75.0 [") and none.endswith(
         " | 100.0% [100.0%, 100.0%] |"
     )
     assert search.startswith("| mcts | 2 | **25.0% [") and " | – | 25.0% [" in search
     assert base.startswith("| base | 1 | **12.5% [") and " | -12.5 [" in base and " | 50.0% [" in base
-    for change in {"search": "mcts"}, {"scores": [{"right": [1, 2, 3], "samples": 4}]}:
-        files[0].write_text(json.dumps({"model": "a", "search": "none", "children": 3, "scores": scores} | change))
-        with pytest.raises(ValueError, match="base.json holds scores of a search|can't share a table"):
+    whole = json.loads(files[1].read_text())
+    for change, message in (({"search": "mcts"}, "holds scores of a search"), ({"temperature": 1.0}, "temperature")):
+        files[1].write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=f"{files[1]} .*{message}"):
             plots.scores_table(files)
 
 

@@ -356,7 +356,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
     assert stop.value.code == 3 and re.fullmatch(
         r"error: \w+ is (nan|inf|-inf) in update 3, which was not made; .*", told
     )
-    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2]
+    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
+    assert runs.ending(read_metrics(config.folder)) == "stopped"  # or the study would run it again and again
     state = json.loads((config.folder / "checkpoint" / "state.json").read_text())
     assert state["step"] == 2 and all(w.isfinite().all() for w in weights(config.folder / "checkpoint")[0].values())
 

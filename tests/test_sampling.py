@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 import sampling
 from loading import load_policy
-from sampling import TorchSampler, Usage, complete, inverse_cdf, share, stream
+from sampling import Distinct, TorchSampler, Usage, complete, inverse_cdf, share, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -27,8 +27,11 @@ SHAPE = (
 LOGITS = st.lists(st.floats(-30, 5), min_size=1, max_size=12)
 
 
-def draw(policy, prefixes=PREFIXES, n=3, seeds=SEEDS, max_tokens=12, temperature=1.0, stop_at_step=True, batch=1024):
-    return TorchSampler(policy, batch).sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step)
+def draw(
+    policy, prefixes=PREFIXES, n=3, seeds=SEEDS, max_tokens=12, temperature=1.0, stop_at_step=True, batch=1024,
+    distinct=None,
+):  # fmt: skip
+    return TorchSampler(policy, batch).sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step, distinct)
 
 
 @pytest.fixture
@@ -117,6 +120,62 @@ def test_a_cold_sampler_is_greedy_decoding_of_transformers(moved):
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
         )
         assert sample.tokens == greedy[0, len(prefix) :].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ without replacement
+
+
+@pytest.fixture
+def few(moved, monkeypatch):
+    """The policy with three tokens alone, one of which is <|end|>; and the probabilities of all that it can write after
+    a prefix in three tokens, by transformers."""
+    plain, mask = moved.head, torch.full((285,), -math.inf)
+    mask[[END, 7, 9]] = torch.tensor([1.0, 0.0, 0.5])
+    monkeypatch.setattr(moved, "head", lambda hidden: plain(hidden) + mask)
+
+    def enumerate_all(prefix, tokens=(), logp=0.0):
+        if len(tokens) == 3 or (tokens and tokens[-1] == END):
+            return {tokens: logp}
+        with torch.no_grad():
+            logits = moved.lm(input_ids=torch.tensor([[*prefix, *tokens]])).logits[0, -1] + mask
+        logps, found = torch.log_softmax(logits.double(), -1), {}
+        for token in (END, 7, 9):
+            found |= enumerate_all(prefix, (*tokens, token), logp + float(logps[token]))
+        return found
+
+    return moved, enumerate_all
+
+
+def test_distinct_samples_are_drawn_without_replacement(few):
+    """Prevents siblings that are the same, or whose odds are not those of one draw after another with what was drawn
+    taken out: a Gumbel that is not truncated, a score that is handed to the wrong token, rows mixed up in copying."""
+    policy, enumerate_all = few
+    odds = {tokens: math.exp(logp) for tokens, logp in enumerate_all([5, 9, 40]).items()}
+    names, p = list(odds), np.array(list(odds.values()))
+    assert len(names) == 15 and p.sum() == pytest.approx(1)
+    second = np.array([(p * p[b] / (1 - p)).sum() - p[b] ** 2 / (1 - p[b]) for b in range(len(p))])
+    rows, _ = draw(policy, [[5, 9, 40]] * 4_000, 3, range(4_000), 3, distinct=Distinct())
+    drawn = [[names.index(tuple(s.tokens)) for s in row] for row in rows]
+    assert all(len(set(row)) == 3 for row in drawn)
+    for place, expected in enumerate((p, second)):
+        assert_distribution([row[place] for row in drawn], expected / expected.sum())
+    for row in rows[:200]:
+        for s in row:
+            assert sum(s.logprobs) == pytest.approx(math.log(odds[tuple(s.tokens)]), abs=1e-4)
+            assert s.ended == ("end" if s.tokens[-1] == END else "length")
+
+
+def test_there_are_fewer_distinct_samples_where_there_are_not_more(few):
+    """Prevents the same step twice, or an empty one, where a policy has no more to say, and less likely ones than
+    `min_p` lets through."""
+    policy, enumerate_all = few
+    rows, usage = draw(policy, [[5, 9, 40], [7]], 20, [0, 1], 3, distinct=Distinct())
+    assert [{tuple(s.tokens) for s in row} for row in rows] == [set(enumerate_all(p)) for p in ([5, 9, 40], [7])]
+    assert [len(row) for row in rows] == [15, 15] and usage.generated <= sum(len(s.tokens) for row in rows for s in row)
+    for row in draw(policy, [[5, 9, 40]] * 100, 20, range(100), 3, distinct=Distinct(min_p=0.3))[0]:
+        likely = [sum(s.logprobs) for s in row]
+        assert min(likely) >= max(likely) + math.log(0.3)
+        assert 0 < len({tuple(s.tokens) for s in row}) == len(row) < 15
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -240,20 +299,24 @@ def test_samples_share_a_row_as_long_as_they_are_equal(pairs):
     assert not set(parent[moved].tolist()) & set(place[moved].tolist())
 
 
-def search_twice(policy, sampler, n=6, seed=1):
+def search_twice(policy, sampler, n=6, seed=1, distinct=None):
     """Two waves of a search: the steps that go on, sampled from once more. Returns states, samples and usages."""
     states, found = [list(prefix) for prefix in PREFIXES], []
     for wave in range(3):
-        rows, usage = sampler.sample(states, n, [seed + 100 * wave + i for i in range(len(states))], 6, 1.0, True)
+        rows, usage = sampler.sample(
+            states, n, [seed + 100 * wave + i for i in range(len(states))], 6, 1.0, True, distinct
+        )
         found.append((states, rows, usage))
         states = [state + s.tokens for state, row in zip(states, rows) for s in row[:2] if s.ended != "end"]
     return found
 
 
-def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping):
+@pytest.mark.parametrize("distinct", [None, Distinct(), Distinct(min_p=0.01)], ids=["independent", "distinct", "min-p"])
+def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping, distinct):
     """Prevents prefixes run again for every wave, and states inherited from another sequence, position or column."""
     kept, bare = TorchSampler(stopping), TorchSampler(stopping, kept=0)
-    for wave, (one, other) in enumerate(zip(search_twice(stopping, kept), search_twice(stopping, bare))):
+    found = (search_twice(stopping, sampler, distinct=distinct) for sampler in (kept, bare))
+    for wave, (one, other) in enumerate(zip(*found)):
         (states, rows, usage), (_, again, plain) = one, other
         assert_same_draws(rows, again)
         assert len({len(state) for state in states}) > 2 and plain.prefilled == sum(map(len, states))
