@@ -4,8 +4,8 @@
     python baselines.py --method cispo        # groups of samples, advantage (R - mean) / std, CISPO loss
     python baselines.py --method grpo         # the same groups with the clipped PPO loss
 
-Deviation from the post: optimiser, schedule, KL, temperature and precision are those of the search run, not
-TRL's defaults. All options of ppo.py apply.
+Deviation from the post: optimiser, schedule, KL, temperature and precision are those of the search run, not TRL's
+defaults; preset tiny has each method's own step and rate. All options of ppo.py apply.
 """
 
 import sys

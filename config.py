@@ -20,6 +20,7 @@ from mcts import SearchConfig
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
+EARLIER_TREE = {"distinct": False, "min_p": 0.0}
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
 TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
 
@@ -188,7 +189,7 @@ def settings(saved: dict) -> dict:
     """The settings in a config.json that decide a run's result, flat: a field that was not there yet had its default,
     and a model is known by its name, wherever its folder lies."""
     whole = asdict(Config()) | EARLIER | saved
-    tree = asdict(TINY_TREE) | saved.get("tree", {})
+    tree = asdict(TINY_TREE) | EARLIER_TREE | saved.get("tree", {})
     if whole["cluster"] == "none":
         whole["max_staleness"] = 0
     kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}

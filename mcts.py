@@ -53,7 +53,7 @@ class SearchConfig:
     step_tokens: int = 64  # an edge's tokens at most
     max_tokens: int = 512  # a completion's tokens at most; a node at the cap is terminal
     max_depth: int = 16  # steps
-    token_budget: int = 0  # tokens a tree may sample, 0 for no limit; the last expansion may overshoot a little
+    token_budget: int = 0  # tokens a tree may sample, 0: no limit; the root's steps may exceed it, the last a little
 
     def __post_init__(self):
         check(self, "at least", 1, "simulations children workers step_tokens max_tokens max_depth")

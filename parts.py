@@ -20,7 +20,7 @@ from policy import Policy, read_tensors
 from sampling import Sampler
 
 COUNTERS = ("step", "generated", "prefilled", "valued", "seconds")
-START = dict.fromkeys(COUNTERS, 0) | {"seconds": 0.0, "progress": 0.0, "evaluated": 0, "kept": -1, "best": -1.0}
+START = dict.fromkeys(COUNTERS, 0) | {"seconds": 0.0, "progress": 0.0, "best": -1.0}
 
 
 @dataclass

@@ -134,7 +134,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def as_reference(self):
-        """Inside, `self.lm` is the frozen initial model: its adapter off, or the copy in its place."""
+        """Inside, `self.lm` is the frozen initial model: its adapter off (where a run starts from an adapter, the model
+        below it), or the copy in its place."""
         trained = self.lm
         try:
             self.lm = trained if self.lora else self.reference

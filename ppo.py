@@ -6,8 +6,8 @@
     python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
 
 One step: `collect` turns problems into trajectories, `update` (learner.py: the losses) turns trajectories into new
-weights. Every method of the kit (baselines.py too) differs in `collect` alone; optimiser, schedule, KL and losses are
-shared, and every generated and prefilled token is counted.
+weights. Every method of the kit (baselines.py too) differs in `collect` alone (GRPO in its loss; presets in rate and
+size of a step); the trainer is shared, and every generated and prefilled token is counted.
 """
 
 import sys
@@ -115,11 +115,11 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         if config.test_before:
             state["before"] = state.get("before") or asdict(parts.test(run, state, "before"))
             scores["before"] = Score.read(state["before"])
-        if is_due(state, "kept", config.checkpoints):
+        if not run.restored:
             run.checkpoint(parts.save, state)
 
         while state["progress"] < 1:
-            began, cpu = time.perf_counter(), time.process_time()
+            began, cpu, before = time.perf_counter(), time.process_time(), state["progress"]
             problems, rng = draw(data, config, state["step"])
             trajectories, usage, info = collect(policy, sampler, problems, config, rng)
             for trajectory in trajectories:
@@ -138,14 +138,14 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
             policy.version = state["step"]
             row = summarize(trajectories) | info | losses | costs(usage, ended - collected, parts.device)
             row["cpu_seconds"] = time.process_time() - cpu
-            if is_due(state, "evaluated", config.evaluations):
+            if is_due(before, state["progress"], config.evaluations):
                 row |= parts.validate(run, state)
             if reason := guard.check(row):
                 row["stopped"] = reason
             record(run, state, row)
             if reason:
                 raise runs.Stopped(f"step {state['step']}: {reason}")
-            if is_due(state, "kept", config.checkpoints):
+            if is_due(before, state["progress"], config.checkpoints):
                 run.checkpoint(parts.save, state)
             show(bar, state, row)
         bar.close()
@@ -161,14 +161,9 @@ BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 # ------------------------------------------------------------------------------------------------ a step's mechanics
 
 
-def is_due(state: dict, what: str, times: int) -> bool:
-    """Whether the next of `times` evaluations or checkpoints, evenly spaced along the budget, has come; it is counted
-    in state[what]."""
-    due = int(state["progress"] * times)
-    if due <= state[what]:
-        return False
-    state[what] = due
-    return True
+def is_due(before: float, after: float, times: int) -> bool:
+    """Whether a step from one share of the budget to another has passed one of `times` evenly spaced points."""
+    return int(before * times) < int(after * times)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, state: dict, config: Config) -> None:

@@ -80,6 +80,7 @@ ppo.py --out empty.jsonl/run                            | empty.jsonl/run can't 
 ppo.py --out /proc/run                                  | /proc/run can't be written
 ppo.py --resume                                         | --resume
 ppo.py --resume nowhere                                 | nowhere
+ppo.py --resume runs/words --out runs/other             | leave out --out
 ppo.py --resume models/no-json                          | models/no-json/config.json is damaged
 ppo.py --resume runs/words                              | seed must be from 0 to 4294967295, not 'one'
 ppo.py --resume runs/list                               | temperature must be a finite number, not [1]

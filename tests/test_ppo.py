@@ -339,6 +339,14 @@ def test_forced_settings_hold_after_a_resume(toy, tiny_config):
     assert parse(["--resume", str(config.folder)], "none")[0].learning_rate == 0
 
 
+def test_evaluations_and_checkpoints_are_evenly_spaced_along_the_budget():
+    """Prevents one that is left out or made twice, and a run that goes on with a larger budget (--force) unmeasured."""
+    shares = np.arange(101) / 100
+    due = [after for before, after in zip(shares, shares[1:]) if ppo.is_due(before, after, 10)]
+    assert due == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert ppo.is_due(0.3, 0.45, 10) and not ppo.is_due(0.3, 0.35, 10) and not ppo.is_due(0.0, 1.0, 0)
+
+
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, monkeypatch, capsys):
     """Prevents a run whose weights are NaN, and one that ends in a traceback."""
     config = tiny_config(search="none", tokens=0, steps=4, checkpoints=4)
