@@ -43,14 +43,17 @@ METHODS = {
 }
 RATES = ("1e-4", "3e-4", "1e-3")
 SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (4, 8))}
+TREES, INDEPENDENT = " --tree.children {} --problems {} --tree.simulations {}", "--tree.no-distinct --tree.min-p 0"
 STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x simulations
     "mcts": {
-        f"k{k}-{p}x{n}": f"--no-tree.distinct --tree.min-p 0 --tree.children {k} --problems {p} --tree.simulations {n}"
-        for k, p, n in ((2, 12, 32), (4, 4, 64), (2, 24, 32), (2, 6, 32))
-    }
-    | {
-        f"k{k}-p{m}-{p}x{n}": f"--tree.distinct --tree.min-p {m} --tree.children {k} --problems {p} --tree.simulations {n}"
-        for k, m, p, n in ((2, 0.3, 24, 16), (3, 0.1, 12, 32), (3, 0.3, 16, 32), (4, 0.3, 16, 32))
+        **{
+            f"k{k}-{p}x{n}": INDEPENDENT + TREES.format(k, p, n)
+            for k, p, n in ((2, 12, 32), (4, 4, 64), (2, 24, 32), (2, 6, 32))
+        },
+        **{
+            f"k{k}-p{m}-{p}x{n}": f"--tree.distinct --tree.min-p {m}" + TREES.format(k, p, n)
+            for k, m, p, n in ((2, 0.3, 24, 16), (3, 0.1, 12, 32), (3, 0.3, 16, 32), (4, 0.3, 16, 32))
+        },
     },
     "best-of-n": SAMPLED,
     "cispo": SAMPLED,
