@@ -209,6 +209,9 @@ class EvaluateConfig:
 def scores(config: EvaluateConfig) -> Iterator[Score]:
     """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be
     done."""
+    run = runs.read_settings(config.model) if runs.log_of(config.model) else {}
+    if (most := run.get("max_tokens", 0)) > config.max_tokens:
+        raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
     device = pick_device(config.device)
     engine = pick_sampler(config.sampler, device, config.quantize, config.search == "mcts" and config.distinct)

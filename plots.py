@@ -255,7 +255,7 @@ def summary_table(folders: list[Path]) -> str:
     if len(ks) > 1:
         raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
     k = ks.pop() if ks else "k"
-    lines = [f"| method | seeds | mean@{k} | less search's | pass@{k} | format | tokens | steps | CPU |"]
+    lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | tokens | steps | CPU |"]
     lines.append("|" + "---|" * 9)
     for name, some in found.items():
         if not some:
@@ -376,7 +376,7 @@ def scores_table(files: list[Path]) -> str:
     those of `mcts`."""
     found, shared = evaluated(files)
     k, at = shared["samples"], shared["temperature"]
-    lines = [f"| policy | seeds | mean@{k} at {at} | less search's | pass@{k} |", "|" + "---|" * 5]
+    lines = [f"| policy | seeds | mean@{k} at {at} | minus search | pass@{k} |", "|" + "---|" * 5]
     for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
         mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
         lead = [100 * x for x in pooled(shares, found["mcts"])] if "mcts" in found and name != "mcts" else None

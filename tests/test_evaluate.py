@@ -179,7 +179,7 @@ def test_command_line_prints_and_writes_a_result_for_each_budget(checkpoint, tmp
 
 
 def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, tmp_path, monkeypatch, capsys):
-    """Prevents an evaluation on training problems, or of another policy than the run's."""
+    """Prevents an evaluation on training problems, of another policy than the run's, or of answers cut in silence."""
     (tmp_path / "policy").symlink_to(checkpoint)
     asked = []
     monkeypatch.setattr(
@@ -187,6 +187,10 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     )
     command(monkeypatch, tmp_path, "--problems", 5)
     assert asked == [((5, "test"), {"size": 4})] and "mean@16" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text('{"max_tokens": 512}')
+    with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
+        command(monkeypatch, tmp_path)
 
 
 def test_a_result_outlives_its_reader(checkpoint, tmp_path, monkeypatch):
