@@ -22,7 +22,7 @@ METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
-TINY_TREE = SearchConfig(simulations=32, children=2, prior="sum")  # why K = 2: LOG.md
+TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, prior="sum")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Config:
     steps: int = 0  # of collecting and learning, 0 for no limit
 
     # collecting
-    problems: int = 12  # problems a step
+    problems: int = 16  # problems a step
     samples: int = 16  # completions a problem: best-of-n, cispo, grpo
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
@@ -187,9 +187,9 @@ def check_cluster(config: Config) -> None:
 
 def settings(saved: dict) -> dict:
     """The settings in a config.json that decide a run's result, flat: a field that was not there yet had its default,
-    and a model is known by its name, wherever its folder lies."""
+    a tree is the search's alone, and a model is known by its name, wherever its folder lies."""
     whole = asdict(Config()) | EARLIER | saved
-    tree = asdict(TINY_TREE) | EARLIER_TREE | saved.get("tree", {})
+    tree = asdict(TINY_TREE) | (EARLIER_TREE | saved.get("tree", {}) if whole["search"] == "mcts" else {})
     if whole["cluster"] == "none":
         whole["max_staleness"] = 0
     kept = {f.name: whole[f.name] for f in fields(Config) if f.name not in ANYWHERE}
@@ -217,7 +217,7 @@ PRESETS = {
         tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
     ),
 }  # fmt: skip
-# of tiny, beside search's: each method's best (`python study.py tune`; GRPO as CISPO)
+# of tiny, beside the search's: each method's best (`python study.py tune`; GRPO as CISPO)
 TINY_STEPS = {
     "none": dict(problems=16, learning_rate=1e-4),
     "best-of-n": dict(problems=16, samples=4),

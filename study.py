@@ -60,7 +60,7 @@ STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x si
     "none": {f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
 }
 SWEEP = {  # besides what stage compare has
-    "mcts": ("k4-4x64",),
+    "mcts": ("k2-12x32", "k4-4x64"),
     "best-of-n": ("4x16", "8x8"),
     "cispo": ("4x16", "16x4"),
     "none": ("64x1",),
@@ -70,14 +70,16 @@ TARGETS = {
     **{(method, "exact"): "--reward exact" for method in METHODS},
     **{(method, "failures"): "--failures" for method in METHODS},
 }
-ABLATIONS = {  # of `mcts` in stage compare. prior count is uniform there: of two children a merged one is alone
+ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
+    "independent": "--tree.no-distinct --tree.min-p 0",
+    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1)},
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "uniform")},  # sum is the preset's
     "unvisited-zero": "--tree.unvisited zero",
     "virtual-loss-visit": "--tree.virtual-loss visit",
-    **{f"children-{k}": f"--tree.children {k}" for k in (3, 4)},
-    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128, 256)},
+    **{f"children-{k}": f"--tree.children {k}" for k in (2, 8)},
+    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128)},
     "tree-critic": "--distill best-path-tree",
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",

@@ -56,7 +56,7 @@ def test_tiny_steps_are_their_methods_best():
         like = "cispo" if method == "grpo" else method
         best = max((name for name in scores if name.startswith(like)), key=scores.get)
         found, config = runs.read_settings(RESULTS / "tune" / best), preset_for("tiny", method)
-        chosen = {"problems", "learning_rate", "tree.children", "tree.simulations"}
+        chosen = {"problems", "learning_rate", "tree.children", "tree.simulations", "tree.distinct", "tree.min_p"}
         chosen |= {"samples"} if method not in ("mcts", "none") else set()
         there, here = settings(found), settings(asdict(config))
         assert {key: there[key] for key in chosen} == {key: here[key] for key in chosen}
