@@ -66,7 +66,7 @@ def main() -> None:
     bench = runs.read_config(Bench)
     torch.set_num_threads(1)
     policy = load_policy(TINY, train=False)
-    base = replace(Config().search_config, children=bench.children, prior="uniform")
+    base = replace(Config().search_config, children=bench.children, prior="uniform", distinct=False, min_p=0.0)
     sizes = [(trees, bench.of[0]) for trees in bench.trees] + [(bench.of[1], count) for count in bench.simulations]
     measure(policy, 4, base, 1)  # warm-up
     rows = []

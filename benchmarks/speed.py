@@ -161,7 +161,9 @@ def bench_sampling(policy: Policy, bench: Bench) -> list[dict]:
 
 def measure_search(policy: Policy, bench: Bench) -> dict:
     """Simulations a second of the kit, all trees together, and of the plain loop, one expansion at a time."""
-    base = replace(Config().search_config, children=bench.children, simulations=bench.simulations)
+    base = replace(
+        Config().search_config, children=bench.children, simulations=bench.simulations, distinct=False, min_p=0.0
+    )
     spent: list[tuple[list[Tree], Usage, float, int]] = []
     run, plain = [0], policy.hidden
 
