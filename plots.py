@@ -148,17 +148,18 @@ def search_curves(files: list[Path]):
             100 * np.array([score[f"mean_{key}"] for score in one["scores"]]) for key in ("at_k", "low", "high")
         )
         width = widths.index(one["children"]) if one["search"] == "mcts" else len(widths)
-        name = f"mcts, K = {one['children']}" if one["search"] == "mcts" else one["search"]
+        told = [f"mcts, K = {one['children']}" if one["search"] == "mcts" else one["search"]]
+        told += ["distinct"] * one.get("distinct", False) + [one["model"]] * (len(models) > 1)
         axes.errorbar(
             spent,
             solved,
             (solved - low, high - solved),
             color=COLORS[one["search"]],
             alpha=1 - 0.6 * (len(widths) - width) / len(widths) if one["search"] == "mcts" else 1,
-            linestyle=("--", "-", ":", "-.")[models.index(one["model"]) % 4],
-            marker="o",
-            markersize=3,
-            label=f"{name}, {one['model']}" if len(models) > 1 else name,
+            linestyle=("-", "--", ":", "-.")[models.index(one["model"]) % 4],
+            marker="D" if one.get("distinct") else "o",
+            markersize=4,
+            label=", ".join(told),
         )
     axes.set_xscale("log", base=4)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

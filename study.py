@@ -89,7 +89,10 @@ ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is un
 }
 SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-seed1"}
 SEARCHES = {"best-of-n": "--search best-of-n"}
-SEARCHES |= {f"mcts-children{k}": f"--search mcts --children {k} --simulations 4096 --workers 4" for k in (2, 4, 8)}
+TREE = "--search mcts --simulations 4096 --workers 4 --children"
+SEARCHES |= {f"mcts-children{k}": f"{TREE} {k}" for k in (2, 4, 8)} | {
+    "mcts-distinct": f"{TREE} 8 --distinct --min-p 0.02"
+}
 CHAT = {  # steps of about 13,000 tokens
     "mcts": "--problems 24 --tree.children 2 --tree.simulations 32",
     "best-of-n": "--problems 16 --samples 8",

@@ -194,7 +194,7 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
 
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     """Prevents a row that looks like the post's loss because its method was run from right answers alone only."""
-    finish(folders[0], [1, 2], failures=True, problems=16)
+    finish(folders[0], [1, 2], failures=True, problems=20)
     finish(folders[1], [1, 2], failures=False)
     other = tmp_path / "none"
     other.mkdir()
@@ -202,8 +202,8 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
         (other / file.name).write_text(file.read_text().replace('"mcts"', '"none"'))
     assert list(plots.by_method([*folders, other])) == [
         "mcts",
-        "mcts, problems 16, failures",
-        "none, problems 16, failures",
+        "mcts, problems 20, failures",
+        "none, problems 20, failures",
     ]
 
 

@@ -185,7 +185,7 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
     def evaluate(command, **_):
         config = runs.read_config(EvaluateConfig, command[2:])
         calls.append(config)
-        if config.search == "mcts" and config.children == 8:
+        if config.distinct:
             return SimpleNamespace(returncode=2, stderr="error: no luck\n")
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(asdict(config), default=str))
@@ -196,9 +196,9 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
     for _ in range(2):
         with pytest.raises(SystemExit):
             start(monkeypatch, "search", "--jobs", "1")
-    assert "before-mcts-children8: failed, error: no luck" in capsys.readouterr().out
-    assert len(calls) == 8 + 2 and len({str(config) for config in calls}) == 8
-    assert len(list((tmp_path / "results/search").iterdir())) == 6
+    assert "before-mcts-distinct: failed, error: no luck" in capsys.readouterr().out
+    assert len(calls) == 10 + 2 and len({str(config) for config in calls}) == 10
+    assert len(list((tmp_path / "results/search").iterdir())) == 8
     for folder in ("runs", "results"):
         for file in Path(folder, "search").iterdir():
             file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.5}))
