@@ -11,10 +11,11 @@ move together in waves:
 Equation (Silver et al. 2017, AlphaGo Zero, with c * sqrt(N) as in the post):
     a* = argmax_a Q(s, a) + c P(a | s) sqrt(N(s)) / (1 + N(s, a))
 
-Deviations from the post, each a named choice: identical children are merged; priors use the mean log-probability
-a token (`sum` is the post's, which favours short steps); an unvisited child counts as its parent (`zero` is the
-post's); a pending visit counts as a loss (`visit` is the post's, which attracts workers when Q < 0). Not choices:
-a leaf is counted once, a terminal node is never expanded nor given to the critic, no virtual visit outlives a wave.
+Deviations from the post, each a named choice: identical children are merged, or (`distinct`) never drawn; priors use
+the mean log-probability a token (`sum` is the post's, which favours short steps); an unvisited child counts as its
+parent (`zero` is the post's); a pending visit counts as a loss (`visit` is the post's, which attracts workers when Q <
+0). Not choices: a leaf is counted once, a terminal node is never expanded nor given to the critic, no virtual visit
+outlives a wave.
 """
 
 import math
@@ -256,8 +257,8 @@ def gumbel_inner(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarra
 
 def priors(children: list[Node], how: str) -> np.ndarray:
     """P(a | s) over the sampled children [K]: softmax of the mean or summed log-probability, sample counts, or 1/K.
-    Children are drawn from the policy already, so that counts estimate it without bias (Sampled MuZero, Hubert et al.
-    2021); log-probabilities favour likely steps once more."""
+    Independent children are drawn from the policy already, so that counts estimate it without bias (Sampled MuZero,
+    Hubert et al. 2021), and log-probabilities favour likely steps once more; of distinct ones the sum is the policy."""
     if how == "uniform":
         scores = np.zeros(len(children))
     elif how == "count":

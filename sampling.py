@@ -1,11 +1,11 @@
 """Sampling: the records that flow from model to trainer, and the engine that draws them anywhere.
 
 A sampler continues prefixes: `sample(prefixes, n, …)` returns, for each prefix, n continuations with the token ids, the
-log-probability of every token *under the distribution it was drawn from*, and why it ended. TorchSampler runs
-anywhere PyTorch does: siblings share one prefill of their prefix, which inherits what the search has read before, and
-every token after it until they differ; finished rows leave the batch; and each prefix has a random stream of its own,
-so what is drawn for it does not depend on what else is in the batch. engines.py has vLLM for GPUs;
-tests/test_samplers.py holds both to the same contract.
+log-probability of every token *under the distribution it was drawn from* (of distinct ones, the policy's, whatever was
+taken out), and why it ended. TorchSampler runs anywhere PyTorch does: siblings share one prefill of their prefix, which
+inherits what the search has read before, and every token after it until they differ; finished rows leave the batch; and
+each prefix has a random stream of its own, so what is drawn for it does not depend on what else is in the batch.
+engines.py has vLLM for GPUs; tests/test_samplers.py holds both to the same contract.
 """
 
 import math
@@ -188,15 +188,14 @@ class TorchSampler:
         generated = 0
         for t in range(max_tokens):
             token, logprob, left = self._draw(hidden[row], uniform[alive, t, 0], temperature)  # [s, 1 or n] each
+            which = slice(None)
             if beams:
                 source, alive, which = beams.choose(alive, logprob, left, uniform[alive, t, 1])
                 tokens, logprobs, lengths, ended = (x[source] for x in (tokens, logprobs, lengths, ended))
                 lengths[beams.score == -torch.inf] = 0  # dropped
-                token, logprob, row = token.flatten()[which], logprob.flatten()[which], row[which // n]
-                if not len(alive):
-                    break
-            tokens[alive, t], logprobs[alive, t], lengths[alive] = token.view(-1), logprob.view(-1), t + 1
-            token = token.view(-1)
+                row = row[which // n]
+            token, logprob = token.flatten()[which], logprob.flatten()[which]  # [s]
+            tokens[alive, t], logprobs[alive, t], lengths[alive] = token, logprob, t + 1
             generated += len(alive)
             done = at_end = torch.isin(token, stops)  # [s]
             if stop_at_step:
@@ -208,7 +207,7 @@ class TorchSampler:
                 steps = (~at_end if last else done & ~at_end).nonzero().flatten()
                 starts = [(prefixes[i // n], tokens[i, :t].tolist()) for i in alive[steps].tolist()]
                 self.pool.keep(cache, {r: (p + step, len(p)) for r, (p, step) in zip(row[steps].tolist(), starts)})
-            if last or (some and bool(done.all())):
+            if last or bool(done.all()):
                 break
             if some:
                 alive, row, token = alive[~done], row[~done], token[~done]
