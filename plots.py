@@ -138,7 +138,7 @@ def search_curves(files: list[Path]):
     """Problems solved against the tokens that a search spent on each, from `evaluate.py --out` files with several
     budgets, with 95 % intervals over problems. Policies have a line style each, trees a shade. Returns the matplotlib
     figure."""
-    _, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    _, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     found = [read_scores(file) for file in files]
     models = list(dict.fromkeys(one["model"] for one in found))
     widths = sorted({one["children"] for one in found if one["search"] == "mcts"})
@@ -166,7 +166,7 @@ def search_curves(files: list[Path]):
     axes.set_xlabel("generated tokens a problem")
     axes.set_ylabel("test problems solved, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return axes.figure
 
 
