@@ -240,13 +240,9 @@ def read_tensors(file: Path) -> dict:
     """What `save_file` or `torch.save` wrote. ValueError for a torn file, and for a pickle that holds more than tensors
     and plain values, before anything in it runs."""
     try:
-        return (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(  # noqa: TID251
-                file, map_location="cpu", weights_only=True
-            )
-        )
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # torn, foreign or hostile: each raises its own
         raise ValueError(f"{file} can't be read as plain tensors ({type(error).__name__})") from None
 
