@@ -64,7 +64,7 @@ class GenerateSampler:
     def __init__(self, policy: Policy, together: bool):
         self.policy, self.together = policy, together
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False):
+    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
         began, rows = time.perf_counter(), []
         torch.manual_seed(seeds[0] % 2**63)
         ours, self.policy.lm.config._attn_implementation = self.policy.lm.config._attn_implementation, "sdpa"

@@ -39,7 +39,8 @@ ppo.py --loss dpo                                       | loss must be one of
 ppo.py --normalize batch                                | normalize must be one of
 ppo.py --device tpu                                     | device must be auto, cpu or cuda, not 'tpu'
 ppo.py --device cuda                                    | no NVIDIA GPU is visible to PyTorch: pass --device cpu
-ppo.py --sampler vllm                                   | vLLM is not installed
+ppo.py --search none --sampler vllm                     | vLLM is not installed
+ppo.py --sampler vllm                                   | vLLM does not draw steps without replacement: pass --sampler torch
 ppo.py --size 1                                         | size must be from 2 to 5, not 1
 ppo.py --size 6                                         | size must be from 2 to 5, not 6
 ppo.py --problems 0                                     | problems must be at least 1, not 0
