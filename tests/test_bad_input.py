@@ -40,7 +40,7 @@ ppo.py --normalize batch                                | normalize must be one 
 ppo.py --device tpu                                     | device must be auto, cpu or cuda, not 'tpu'
 ppo.py --device cuda                                    | no NVIDIA GPU is visible to PyTorch: pass --device cpu
 ppo.py --search none --sampler vllm                     | vLLM is not installed
-ppo.py --sampler vllm                                   | vLLM does not draw steps without replacement: pass --sampler torch
+ppo.py --sampler vllm                                   | vLLM does not draw steps without replacement
 ppo.py --size 1                                         | size must be from 2 to 5, not 1
 ppo.py --size 6                                         | size must be from 2 to 5, not 6
 ppo.py --problems 0                                     | problems must be at least 1, not 0

@@ -278,6 +278,7 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
     monkeypatch.setattr(engines, "find_spec", lambda name: name)
     assert pick_sampler("auto", "cuda:0") == pick_sampler("vllm", "cpu") == "vllm"
     assert pick_sampler("auto", "cpu") == pick_sampler("auto", "cuda", "nf4") == "torch"
+    assert pick_sampler("auto", "cuda", distinct=True) == "torch"
     with pytest.raises(ValueError, match="does not serve NF4"):
         pick_sampler("vllm", "cuda", "nf4")
 
