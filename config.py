@@ -217,12 +217,14 @@ PRESETS = {
         tree=SearchConfig(simulations=1_600, workers=16, prior="sum", unvisited="zero", virtual_loss="visit"),
     ),
 }  # fmt: skip
-# of tiny, beside the search's: each method's best (`python study.py tune`; GRPO as CISPO)
-TINY_STEPS = {
-    "none": dict(problems=16, learning_rate=1e-4),
-    "best-of-n": dict(problems=16, samples=4),
-    "cispo": dict(problems=8, samples=8),
-    "grpo": dict(problems=8, samples=8),
+OWN = {  # what a method has of its own in a preset
+    "tiny": {  # beside the search's, each method's best (`python study.py tune`; GRPO as CISPO)
+        "none": dict(problems=16, learning_rate=1e-4),
+        "best-of-n": dict(problems=16, samples=4),
+        "cispo": dict(problems=8, samples=8),
+        "grpo": dict(problems=8, samples=8),
+    },
+    "post": {"cispo": dict(samples=16), "grpo": dict(samples=16)},
 }
 
 
@@ -250,9 +252,7 @@ def given(args: list[str], option: str, default: str) -> str:
 def preset_for(name: str, method: str) -> Config:
     """A preset's settings for a method. KeyError for an unknown preset, ValueError for an unknown method."""
     preset = replace(PRESETS[name], search=method)
-    own = TINY_STEPS.get(method, {}) if name == "tiny" else {}
-    if name == "post" and method in ("cispo", "grpo"):
-        own = dict(samples=16)
+    own = OWN.get(name, {}).get(method, {})
     return replace(preset, loss="ppo" if method == "grpo" else preset.loss, **own)
 
 

@@ -186,6 +186,16 @@ def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, 
     return float(per_problem.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
 
 
+def shown(share: float, low: float, high: float) -> str:
+    """A share and its interval in a table."""
+    return f"{share:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def shown_lead(lead: tuple[float, float, float] | None) -> str:
+    """By how many points a row is ahead, in a table; a dash where it is held against nothing."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
+
+
 def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
     """What finished runs scored on the test problems, [seeds, problems]: mean@k or, `passed`, pass@k."""
     ends = [rows[-1] for _, rows in found]
@@ -263,8 +273,8 @@ def summary_table(folders: list[Path]) -> str:
             lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
         scores, passed = scores_of(some), scores_of(some, passed=True)
-        mean, share = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (scores, passed))
-        less = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if (lead := ahead(name, found)) else "–"
+        mean, share = (shown(*pooled(x)) for x in (scores, passed))
+        less = shown_lead(ahead(name, found))
         tokens, steps, parsed = (
             np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
         )
@@ -319,9 +329,7 @@ def results_table(folders: list[Path]) -> str:
     lines += ["|" + "---|" * 8]
     for name, config, rows in ((name, *run) for name, some in found.items() for run in some):
         tests = [row for row in rows if "test_mean_at_k" in row]
-        means = [
-            "{:.1%} [{:.1%}, {:.1%}]".format(*(t[f"test_mean_{k}"] for k in ("at_k", "low", "high"))) for t in tests
-        ]
+        means = [shown(*(t[f"test_mean_{k}"] for k in ("at_k", "low", "high"))) for t in tests]
         passed, after = [f"{row['test_pass_at_k']:.1%}" for row in tests], tests[-1]
         if len(tests) == 1:  # --no-test-before
             means, passed = ["–", *means], ["–", *passed]
@@ -379,10 +387,9 @@ def scores_table(files: list[Path]) -> str:
     k, at = shared["samples"], shared["temperature"]
     lines = [f"| policy | seeds | mean@{k} at {at} | minus search | pass@{k} |", "|" + "---|" * 5]
     for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
-        mean, passed = ("{:.1%} [{:.1%}, {:.1%}]".format(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
-        lead = [100 * x for x in pooled(shares, found["mcts"])] if "mcts" in found and name != "mcts" else None
-        less = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
-        lines.append(f"| {name} | {len(shares)} | **{mean}** | {less} | {passed} |")
+        mean, passed = (shown(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
+        lead = tuple(100 * x for x in pooled(shares, found["mcts"])) if "mcts" in found and name != "mcts" else None
+        lines.append(f"| {name} | {len(shares)} | **{mean}** | {shown_lead(lead)} | {passed} |")
     return "\n".join(lines)
 
 

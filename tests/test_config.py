@@ -61,6 +61,7 @@ def test_tiny_steps_are_their_methods_best():
         there, here = settings(found), settings(asdict(config))
         assert {key: there[key] for key in chosen} == {key: here[key] for key in chosen}
         assert preset_for("post", method).problems == 16
+        assert preset_for("post", method).samples == (16 if like == "cispo" else 64)
 
 
 def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
