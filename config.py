@@ -22,7 +22,7 @@ METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
-TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, prior="sum")
+TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.6, prior="sum")
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,12 @@ PRESETS = {
     ),
 }  # fmt: skip
 OWN = {  # what a method has of its own in a preset
-    "tiny": {  # beside the search's, each method's best (`python study.py tune`; GRPO as CISPO)
-        "none": dict(problems=16, learning_rate=1e-4),
-        "best-of-n": dict(problems=16, samples=4),
-        "cispo": dict(problems=8, samples=8),
-        "grpo": dict(problems=8, samples=8),
+    "tiny": {  # each method's best (`python study.py tune`, `samples`; GRPO as CISPO)
+        "mcts": dict(reward="exact"),
+        "none": dict(learning_rate=1e-4),
+        "best-of-n": dict(samples=4),
+        "cispo": dict(samples=4),
+        "grpo": dict(samples=4),
     },
     "post": {"cispo": dict(samples=16), "grpo": dict(samples=16)},
 }

@@ -42,37 +42,44 @@ METHODS = {
     "none": "ppo.py --search none",
 }
 RATES = ("1e-4", "3e-4", "1e-3")
-SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (4, 8))}
-TREES, INDEPENDENT = " --tree.children {} --problems {} --tree.simulations {}", "--tree.no-distinct --tree.min-p 0"
+SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (32, 2), (4, 8))}
+TREES, DENSE = " --tree.children {} --problems {} --tree.simulations {}", "--reward dense"
+INDEPENDENT, DISTINCT = "--tree.no-distinct --tree.min-p 0", "--tree.distinct --tree.min-p"
 STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x simulations
     "mcts": {
         **{
-            f"k{k}-{p}x{n}": INDEPENDENT + TREES.format(k, p, n)
+            f"k{k}-{p}x{n}": f"{DENSE} {INDEPENDENT}" + TREES.format(k, p, n)
             for k, p, n in ((2, 12, 32), (4, 4, 64), (2, 24, 32), (2, 6, 32))
         },
         **{
-            f"k{k}-p{m}-{p}x{n}": f"--tree.distinct --tree.min-p {m}" + TREES.format(k, p, n)
-            for k, m, p, n in ((2, 0.3, 24, 16), (3, 0.1, 12, 32), (3, 0.3, 16, 32), (4, 0.3, 16, 32))
+            f"k{k}-p{m}-{p}x{n}": f"{DENSE} {DISTINCT} {m}" + TREES.format(k, p, n)
+            for k, m, p, n in ((2, 0.3, 24, 16), (3, 0.1, 12, 32), (3, 0.3, 16, 32), (4, 0.3, 16, 32), (4, 0.6, 16, 32))
         },
+        **{f"k4-p{m}-16x32-exact": f"--reward exact {DISTINCT} {m}" + TREES.format(4, 16, 32) for m in (0.3, 0.6)},
     },
-    "best-of-n": SAMPLED,
-    "cispo": SAMPLED,
-    "none": {f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
+    "best-of-n": SAMPLED | {"16x4-exact": SAMPLED["16x4"] + " --reward exact"},
+    "cispo": SAMPLED | {"16x4-exact": SAMPLED["16x4"] + " --reward exact"},
+    "none": {
+        **{f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
+        "16x1-exact": "--problems 16 --reward exact",
+    },
 }
 SWEEP = {  # besides what stage compare has
-    "mcts": ("k2-12x32", "k4-4x64"),
+    "mcts": ("k2-12x32", "k4-4x64", "k4-p0.3-16x32"),
     "best-of-n": ("4x16", "8x8"),
-    "cispo": ("4x16", "16x4"),
+    "cispo": ("4x16", "8x8"),
     "none": ("64x1",),
 }
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
-    **{(method, "exact"): "--reward exact" for method in METHODS},
+    ("mcts", "dense"): "--reward dense",
+    **{(method, "exact"): "--reward exact" for method in METHODS if method != "mcts"},
     **{(method, "failures"): "--failures" for method in METHODS},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": "--tree.no-distinct --tree.min-p 0",
-    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1)},
+    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1, 0.3)},
+    "dense": "--reward dense",
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "uniform")},  # sum is the preset's
@@ -87,11 +94,12 @@ ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is un
     "long-steps": "--problems 64",
     "leaking-split": "--split post",
 }
-SEARCHED = {"before": "assets/tiny", "after": "runs/compare/mcts-seed1"}
-SEARCHES = {"best-of-n": "--search best-of-n"}
 TREE = "--search mcts --simulations 4096 --workers 4 --children"
-SEARCHES |= {f"mcts-children{k}": f"{TREE} {k}" for k in (2, 4, 8)} | {
-    "mcts-distinct": f"{TREE} 8 --distinct --min-p 0.02"
+SEARCHES = {"best-of-n": "--search best-of-n", "mcts-distinct": f"{TREE} 8 --distinct --min-p 0.02"}
+SEARCHED = {  # a policy and what is tried on it: after distilling the search, and after best-of-n, which keeps variety
+    "before": ("assets/tiny", SEARCHES | {f"mcts-children{k}": f"{TREE} {k}" for k in (2, 4, 8)}),
+    "after": ("runs/compare/mcts-seed1", SEARCHES),
+    "best-of-4": ("runs/compare/best-of-n-seed1", SEARCHES),
 }
 CHAT = {  # steps of about 13,000 tokens
     "mcts": "--problems 24 --tree.children 2 --tree.simulations 32",
@@ -163,8 +171,9 @@ def cold(config: StudyConfig) -> Jobs:
 
 
 def search(config: StudyConfig) -> Jobs:
-    for (when, model), (name, options) in product(SEARCHED.items(), SEARCHES.items()):
-        yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
+    for when, (model, searches) in SEARCHED.items():
+        for name, options in searches.items():
+            yield f"{when}-{name}", f"evaluate.py {model} {options} --problems 205 --budget 16 64 256 1024 4096"
 
 
 def chat(config: StudyConfig) -> Jobs:

@@ -198,7 +198,7 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
             start(monkeypatch, "search", "--jobs", "1")
     assert "before-mcts-distinct: failed, error: no luck" in capsys.readouterr().out
     assert len(calls) == 10 + 2 and len({str(config) for config in calls}) == 10
-    assert len(list((tmp_path / "results/search").iterdir())) == 8
+    assert len(list((tmp_path / "results/search").iterdir())) == 9
     for folder in ("runs", "results"):
         for file in Path(folder, "search").iterdir():
             file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.5}))
