@@ -22,7 +22,7 @@ METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
-TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.6, prior="sum")
+TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, prior="sum")
 
 
 @dataclass(frozen=True)

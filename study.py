@@ -72,14 +72,12 @@ SWEEP = {  # besides what stage compare has
 }
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
-    ("mcts", "dense"): "--reward dense",
     **{(method, "exact"): "--reward exact" for method in METHODS if method != "mcts"},
     **{(method, "failures"): "--failures" for method in METHODS},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": "--tree.no-distinct --tree.min-p 0",
-    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1, 0.3)},
-    "dense": "--reward dense",
+    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1, 0.6)},
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "uniform")},  # sum is the preset's
