@@ -25,7 +25,7 @@ from matplotlib.ticker import EngFormatter, StrMethodFormatter
 import explorer
 import runs
 from checks import check_choices, check_writable, differing, read_json
-from config import Config, settings
+from config import PRESETS, preset_for, settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 DRAWS = 2_000  # of the bootstrap
@@ -43,7 +43,7 @@ def load(folder: Path) -> RUN:
     try:
         told = settings(config)
         hash(tuple(told.values()))  # runs are told apart by them
-        known = "seed" in config and told["search"] in COLORS
+        known = "seed" in config and told["search"] in COLORS and told["preset"] in PRESETS
     except TypeError:  # a value of another kind
         known = False
     if not known:
@@ -58,7 +58,7 @@ def named(key: str, value: object) -> str:
 
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     """Runs that differ in nothing but their seed together, under their method's name. Where the runs of some method
-    differ in more, such settings, if other than the default, are part of every name."""
+    differ in more, such settings, if other than in their preset, are part of every name."""
     found, values = defaultdict(list), defaultdict(set)
     loaded = [(settings(config), config, rows) for config, rows in map(load, folders)]
     for told, _, _ in loaded:
@@ -66,10 +66,11 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
             values[told["search"], key].add(value)
     varied = {key for (_, key), some in values.items() if len(some) > 1}
     for told, config, rows in loaded:
+        usual = settings(asdict(preset_for(told["preset"], told["search"])))
         other = [
             named(key.split(".")[-1], told[key])
-            for key, usual in settings(asdict(Config())).items()
-            if key != "seed" and told[key] != usual and key in varied
+            for key in usual
+            if key != "seed" and told[key] != usual[key] and key in varied
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
     return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}
