@@ -19,7 +19,7 @@ from mcts import SearchConfig
 
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
-EARLIER = {"sampler": "torch", "failures": True}  # of runs from before these were settings
+EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 ANYWHERE = ("tree", "out", "micro_batch_tokens", "cluster", "generator_timeout")  # where and how, not what
 TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, prior="sum")
@@ -51,7 +51,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
-    reward: str = "dense"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
+    reward: str = "exact"  # of search and loss: dense (the post: a near miss earns something), exact (1 right, else -1)
     failures: bool = False  # distil wrong answers too (the post); off, they teach the critic at most
     dump_trees: int = 0  # of each step, as RUN/trees/STEP.json for plots.py tree
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
@@ -203,7 +203,7 @@ def differences(saved: dict, config: Config) -> list[str]:
 
 QWEN = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_tokens=512,
-    temperature=0.8, problems=16, eval_temperature=0.2,
+    temperature=0.8, problems=16, eval_temperature=0.2, reward="dense",
 )  # fmt: skip
 PRESETS = {
     "tiny": Config(),
@@ -218,12 +218,11 @@ PRESETS = {
     ),
 }  # fmt: skip
 OWN = {  # what a method has of its own in a preset
-    "tiny": {  # each method's best (`python study.py tune`, `samples`; GRPO as CISPO)
-        "mcts": dict(reward="exact"),
-        "none": dict(learning_rate=1e-4),
-        "best-of-n": dict(samples=4),
-        "cispo": dict(samples=4),
-        "grpo": dict(samples=4),
+    "tiny": {  # beside the search's, each method's best (`python study.py tune`, `samples`; GRPO as CISPO)
+        "none": dict(reward="dense", learning_rate=1e-4),
+        "best-of-n": dict(reward="dense", samples=4),
+        "cispo": dict(reward="dense", samples=4),
+        "grpo": dict(reward="dense", samples=4),
     },
     "post": {"cispo": dict(samples=16), "grpo": dict(samples=16)},
 }

@@ -205,6 +205,9 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
         "mcts, problems 20, failures",
         "none, problems 20, failures",
     ]
+    finish(folders[0], [1, 2], samples=4, search="cispo", problems=16, failures=False)
+    finish(folders[1], [1, 2], samples=8, search="cispo")
+    assert list(plots.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not Config's
 
 
 def test_validation_scores_the_best_first(folders):
