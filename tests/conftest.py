@@ -72,7 +72,7 @@ def tiny_config(checkpoint, tmp_path):
         small = dict(
             model=str(checkpoint), out=tmp_path / "run", device="cpu", train_problems=50, tokens=2_000, problems=4,
             samples=4, max_tokens=8, warmup=0, evaluations=1, eval_problems=4, eval_samples=2, test_problems=4,
-            test_samples=2, failures=True, tree=SearchConfig(simulations=8, step_tokens=4),
+            test_samples=2, failures=True, reward="dense", tree=SearchConfig(simulations=8, step_tokens=4),
         )  # fmt: skip
         return Config(**(small | changes))
 

@@ -20,7 +20,6 @@ def test_presets_are_valid_and_the_post_keeps_the_posts_numbers():
     """Prevents a preset under another's name, and a reproduction with other hyper-parameters than the post's."""
     for name, preset in PRESETS.items():
         assert replace(preset) == preset and preset.preset == name
-    assert preset_for("tiny", "mcts") == Config()
     post = PRESETS["post"]
     found = (post.problems, post.steps, post.learning_rate, post.clip_gradient, post.inner_steps, post.samples)
     assert found == (16, 2_048, 5e-6, 0.1, 1, 64) and (post.max_tokens, post.eval_temperature) == (512, 0.2)
