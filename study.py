@@ -3,7 +3,7 @@
     python study.py tune       # each method at three rates, with four ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
     python study.py samples    # and from more or fewer tokens of a problem, the same way
-    python study.py targets    # what a tree may teach (distill.py), which reward, wrong answers too, validation
+    python study.py targets    # what a tree may teach (distill.py), and wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py cold       # what these have trained on the test problems again, at the post's temperature
     python study.py search     # search at test time against best-of-N, before and after distillation
@@ -72,7 +72,6 @@ SWEEP = {  # besides what stage compare has
 }
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
-    **{(method, "exact"): "--reward exact" for method in METHODS if method != "mcts"},
     **{(method, "failures"): "--failures" for method in METHODS},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
