@@ -220,11 +220,9 @@ PRESETS = {
 OWN = {  # what a method has of its own in a preset
     "tiny": {  # beside the search's, each method's best (`python study.py tune`, `samples`; GRPO as CISPO)
         "none": dict(reward="dense", learning_rate=1e-4),
-        "best-of-n": dict(reward="dense", samples=4),
-        "cispo": dict(reward="dense", samples=4),
-        "grpo": dict(reward="dense", samples=4),
+        **dict.fromkeys(("best-of-n", "cispo", "grpo"), dict(reward="dense", samples=4)),
     },
-    "post": {"cispo": dict(samples=16), "grpo": dict(samples=16)},
+    "post": dict.fromkeys(("cispo", "grpo"), dict(samples=16)),
 }
 
 

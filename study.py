@@ -1,6 +1,6 @@
 """The study: every run behind a published figure, from one table of settings.
 
-    python study.py tune       # each method at three rates, with four ways to make a step, validation
+    python study.py tune       # each method at three rates, with several ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
     python study.py samples    # and from more or fewer tokens of a problem, the same way
     python study.py targets    # what a tree may teach (distill.py), and wrong answers too, validation
@@ -43,22 +43,29 @@ METHODS = {
 }
 RATES = ("1e-4", "3e-4", "1e-3")
 SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (32, 2), (4, 8))}
-TREES, DENSE = " --tree.children {} --problems {} --tree.simulations {}", "--reward dense"
-INDEPENDENT, DISTINCT = "--tree.no-distinct --tree.min-p 0", "--tree.distinct --tree.min-p"
+SAMPLED["16x4-exact"] = SAMPLED["16x4"] + " --reward exact"
+TREES = "--reward {} {} --tree.children {} --problems {} --tree.simulations {}"
+INDEPENDENT, DISTINCT = "--tree.no-distinct --tree.min-p 0", "--tree.distinct --tree.min-p "
 STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x simulations
     "mcts": {
         **{
-            f"k{k}-{p}x{n}": f"{DENSE} {INDEPENDENT}" + TREES.format(k, p, n)
+            f"k{k}-{p}x{n}": TREES.format("dense", INDEPENDENT, k, p, n)
             for k, p, n in ((2, 12, 32), (4, 4, 64), (2, 24, 32), (2, 6, 32))
         },
         **{
-            f"k{k}-p{m}-{p}x{n}": f"{DENSE} {DISTINCT} {m}" + TREES.format(k, p, n)
-            for k, m, p, n in ((2, 0.3, 24, 16), (3, 0.1, 12, 32), (3, 0.3, 16, 32), (4, 0.3, 16, 32), (4, 0.6, 16, 32))
+            f"k{k}-p{m}-{p}x{n}": TREES.format("dense", DISTINCT + m, k, p, n)
+            for k, m, p, n in (
+                (2, "0.3", 24, 16),
+                (3, "0.1", 12, 32),
+                (3, "0.3", 16, 32),
+                (4, "0.3", 16, 32),
+                (4, "0.6", 16, 32),
+            )
         },
-        **{f"k4-p{m}-16x32-exact": f"--reward exact {DISTINCT} {m}" + TREES.format(4, 16, 32) for m in (0.3, 0.6)},
+        **{f"k4-p{m}-16x32-exact": TREES.format("exact", DISTINCT + m, 4, 16, 32) for m in ("0.3", "0.6")},
     },
-    "best-of-n": SAMPLED | {"16x4-exact": SAMPLED["16x4"] + " --reward exact"},
-    "cispo": SAMPLED | {"16x4-exact": SAMPLED["16x4"] + " --reward exact"},
+    "best-of-n": SAMPLED,
+    "cispo": SAMPLED,
     "none": {
         **{f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
         "16x1-exact": "--problems 16 --reward exact",
@@ -75,7 +82,7 @@ TARGETS = {
     **{(method, "failures"): "--failures" for method in METHODS},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
-    "independent": "--tree.no-distinct --tree.min-p 0",
+    "independent": INDEPENDENT,
     **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1, 0.6)},
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",

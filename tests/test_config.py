@@ -24,10 +24,7 @@ def test_presets_are_valid_and_the_post_keeps_the_posts_numbers():
     found = (post.problems, post.steps, post.learning_rate, post.clip_gradient, post.inner_steps, post.samples)
     assert found == (16, 2_048, 5e-6, 0.1, 1, 64) and (post.max_tokens, post.eval_temperature) == (512, 0.2)
     assert (post.clip_high, post.value_coefficient, post.kl_coefficient, post.schedule) == (5.0, 1.0, 0.05, "linear")
-    assert {name: preset.reward for name, preset in PRESETS.items() if name != "tiny"} == {
-        "qwen1.5b": "dense",
-        "post": "dense",
-    }
+    assert PRESETS["qwen1.5b"].reward == post.reward == "dense"
     tree = post.search_config
     assert (tree.simulations, tree.workers, tree.children, tree.c_puct) == (1_600, 16, 4, 0.5)
     assert (tree.prior, tree.unvisited, tree.virtual_loss) == ("sum", "zero", "visit")
