@@ -88,6 +88,7 @@ ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is un
     **{f"children-{k}": f"--tree.children {k}" for k in (2, 8)},
     **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128)},
     "tree-critic": "--distill best-path-tree",
+    "visits": "--distill visits",
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",
     "failures": "--failures",
