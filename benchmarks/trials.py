@@ -1,4 +1,5 @@
-"""Ways to sample faster that were tried: bf16 weights, torch.compile, two products in place of SDPA.
+"""Ways to sample faster that were tried: bf16 weights, torch.compile, two products in place of SDPA, a forward pass of
+plain calls in place of transformers' layers.
 
     python -m benchmarks.trials --rows 512 --out runs/trials.json
 
@@ -11,14 +12,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import runs
 from benchmarks.speed import LENGTH, SIBLINGS
+from cache import Rows
 from checks import check, check_choices, check_writable
 from countdown import make_problems
 from loading import TINY, load_policy
@@ -44,6 +48,41 @@ def with_two_products() -> Policy:
     return policy
 
 
+def with_plain_calls() -> Policy:
+    """One token a row through the model's own weights, without what transformers' layers do around the operators: each
+    a module's call, mask, rotary embedding and hooks of its own."""
+    policy = load_policy(TINY, train=False)
+    layered, model = policy.hidden, policy.base.model
+
+    def norm(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, (x.shape[-1],), layer.weight, layer.variance_epsilon)
+
+    def hidden(ids: torch.Tensor, attention: torch.Tensor, past_key_values: Rows, use_cache: bool):
+        if ids.shape[1] > 1:
+            return layered(ids, attention, past_key_values=past_key_values, use_cache=use_cache)
+        positions, mask = attention.sum(-1, keepdim=True) - 1, attention[:, None, None].bool()  # [r, 1], [r, 1, 1, L]
+        x = model.embed_tokens(ids)  # [r, 1, H]
+        cos, sin = (part[:, None] for part in model.rotary_emb(x, positions))  # [r, 1, 1, dim]
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        for layer, kept in zip(model.layers, past_key_values.layers, strict=True):
+            own, h, mlp = layer.self_attn, norm(layer.input_layernorm, x), layer.mlp
+            query, key, value = (
+                project(h).view(len(h), 1, -1, own.head_dim).transpose(1, 2)
+                for project in (own.q_proj, own.k_proj, own.v_proj)
+            )  # [r, heads, 1, dim] each
+            query, key = (part * cos + part.roll(half, -1) * sin for part in (query, key))
+            keys, values = kept.update(key, value)
+            attended = scaled_dot_product_attention(query, keys, values, mask, scale=own.scaling)
+            x = x + own.o_proj(attended.transpose(1, 2).flatten(2))
+            h = norm(layer.post_attention_layernorm, x)
+            x = x + mlp.down_proj(silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        return SimpleNamespace(last_hidden_state=norm(model.norm, x))
+
+    policy.hidden = hidden
+    return policy
+
+
 def with_compile() -> Policy:
     """Norms and MLPs compiled for any number of rows; attention writes its cache from Python."""
     policy = load_policy(TINY, train=False)
@@ -58,6 +97,7 @@ TRIALS = {
     "bf16": lambda: load_policy(TINY, train=False, dtype="bfloat16"),
     "compile": with_compile,
     "two-products": with_two_products,
+    "plain-calls": with_plain_calls,
 }
 
 

@@ -19,7 +19,7 @@ from scripts import cluster_test
         (game, "--problems 20 --answers 5 --repeats 1", "verified"),
         (scaling, "--trees 1 2 --simulations 4 --of 4 2 --repeats 1", "scaling"),
         (shares, "--rows 8", "shares"),
-        (trials, "--trials fp32 two-products --rows 8 --repeats 1", "trials"),
+        (trials, "--trials fp32 plain-calls --rows 8 --repeats 1", "trials"),
     ],
 )
 def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys, module, args, key):
@@ -43,10 +43,11 @@ def test_steps_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
     assert found["sampling"][0]["ours"] > 0 and "| 8 GB | bf16 | torch | mcts |" in capsys.readouterr().out
 
 
-def test_two_products_are_attention():
+@pytest.mark.parametrize("trial", ["two-products", "plain-calls"])
+def test_a_trial_draws_what_the_sampler_draws(trial):
     """Prevents a trial that is fast because it is wrong."""
     prompts = [[5, 6, 7], [8, 9]]
-    plain, other = (trials.TorchSampler(trials.TRIALS[name]()) for name in ("fp32", "two-products"))
+    plain, other = (trials.TorchSampler(trials.TRIALS[name]()) for name in ("fp32", trial))
     found, expected = (sampler.sample(prompts, 4, [1, 2], 12)[0] for sampler in (other, plain))
     for a, b in zip(sum(found, []), sum(expected, []), strict=True):
         assert a.tokens == b.tokens and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
