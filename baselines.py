@@ -5,7 +5,7 @@
     python baselines.py --method grpo         # the same groups with the clipped PPO loss
 
 Deviation from the post: optimiser, schedule, KL, temperature and precision are those of the search run, not TRL's
-defaults; preset tiny has each method's own step and rate. All options of ppo.py apply.
+defaults; preset tiny has each method's own step, rate and reward. All options of ppo.py apply.
 """
 
 import sys
@@ -22,7 +22,7 @@ from sampling import Sampler
 
 
 def collect_best_of_n(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-    """The sample with the highest dense reward of each problem (the first of equals), advantage R - V as for search."""
+    """The sample with the highest reward of each problem (the first of equals), advantage R - V as for search."""
     rows, usage = sample_rows(policy, sampler, problems, config.samples, config, rng)
     best = [max(row, key=lambda trajectory: trajectory.reward.value) for row in rows]
     return best, usage, {"solved": float(np.mean([t.reward.correct for t in best]))}
@@ -41,6 +41,7 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
     everything = [t for row in rows for t in row]
     info = {
         "sample_reward": float(np.mean([t.reward.value for t in everything])),
+        "parsed": float(np.mean([t.reward.parsed for t in everything])),  # also where no group teaches
         "solved": float(np.mean([any(t.reward.correct for t in row) for row in rows])),
     }
     return trained, usage, info

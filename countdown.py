@@ -17,7 +17,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
@@ -278,6 +278,10 @@ class Reward:
     correct: bool
     parsed: bool
     reason: str
+
+    def exact(self) -> "Reward":
+        """With value 1 for a right answer and -1 for all others: a near miss earns nothing more."""
+        return replace(self, value=1.0 if self.correct else -1.0)
 
 
 class Refused(Exception):

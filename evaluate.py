@@ -174,7 +174,7 @@ class EvaluateConfig:
     simulations: int = 1024  # visits a tree at most, with mcts
     children: int = 3
     distinct: bool = False  # children drawn without replacement
-    min_p: float = 0.0  # of distinct children: those less likely than this share of the likeliest one are not drawn
+    min_p: float = 0.0  # of distinct children: as in training (mcts.py)
     prior: str = "sum"  # mean, sum, count, uniform
     workers: int = 1
     sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm

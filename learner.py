@@ -127,10 +127,10 @@ def follow(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> 
 
 
 def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_tokens: int) -> tuple[dict, int]:
-    """`gradients`; if the GPU's memory runs out, once more with half the tokens in a micro-batch. Returns the size that
-    did it too. ValueError if even that is too much."""
+    """`gradients`; if the GPU's memory runs out, once more with half the tokens in a micro-batch, but no fewer than
+    the longest trajectory has. Returns the size that did it too. ValueError if even that is too much."""
     longest = max(map(length, trajectories))
-    for size in (micro_tokens, max(micro_tokens // 2, min(micro_tokens, longest))):
+    for size in dict.fromkeys((micro_tokens, max(micro_tokens // 2, min(micro_tokens, longest)))):
         try:
             return gradients(policy, optimizer, trajectories, config, size), size
         except torch.OutOfMemoryError:

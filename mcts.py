@@ -12,7 +12,8 @@ Equation (Silver et al. 2017, AlphaGo Zero, with c * sqrt(N) as in the post):
     a* = argmax_a Q(s, a) + c P(a | s) sqrt(N(s)) / (1 + N(s, a))
 
 Deviations from the post, each a named choice: identical children are merged, or (`distinct`) never drawn; priors use
-the mean log-probability a token (`sum` is the post's, which favours short steps); an unvisited child counts as its
+the mean log-probability a token (`sum` is the post's, which favours short steps, and preset tiny's, whose steps are
+distinct); an unvisited child counts as its
 parent (`zero` is the post's); a pending visit counts as a loss (`visit` is the post's, which attracts workers when Q <
 0). Not choices: a leaf is counted once, a terminal node is never expanded nor given to the critic, no virtual visit
 outlives a wave.
@@ -43,7 +44,7 @@ class SearchConfig:
     simulations: int = 64  # visits a tree, the root's own included
     children: int = 4  # steps sampled at a node, K
     distinct: bool = False  # drawn without replacement, at most K (not with vLLM)
-    min_p: float = 0.0  # of distinct steps: those less likely than this share of the likeliest one are not drawn
+    min_p: float = 0.0  # of distinct steps: those less likely, token by token, than this share of the likeliest are not
     workers: int = 4  # leaves a tree selects in one wave
     c_puct: float = 0.5  # exploration constant c
     selection: str = "puct"  # puct, uct, gumbel (sequential halving at the root, improved policy below)
@@ -114,7 +115,7 @@ class Tree:
     rng: np.random.Generator  # decides the samples of this tree alone
     root: Node = field(default_factory=Node)
     expansions: int = 0
-    generated: int = 0  # tokens sampled
+    generated: int = 0  # tokens of its sampled steps
     merged: int = 0  # sampled steps that repeated a sibling
 
     def room(self, config: SearchConfig) -> int:

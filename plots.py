@@ -156,7 +156,7 @@ def search_curves(files: list[Path]):
             solved,
             (solved - low, high - solved),
             color=COLORS[one["search"]],
-            alpha=1 - 0.6 * (len(widths) - width) / len(widths) if one["search"] == "mcts" else 1,
+            alpha=1 - 0.6 * (len(widths) - 1 - width) / len(widths) if one["search"] == "mcts" else 1,
             linestyle=("-", "--", ":", "-.")[models.index(one["model"]) % 4],
             marker="D" if one.get("distinct") else "o",
             markersize=4,

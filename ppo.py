@@ -6,14 +6,14 @@
     python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
 
 One step: `collect` turns problems into trajectories, `update` (learner.py: the losses) turns trajectories into new
-weights. Every method of the kit (baselines.py too) differs in `collect` alone (GRPO in its loss; presets in rate and
-size of a step); the trainer is shared, and every generated and prefilled token is counted.
+weights. Every method of the kit (baselines.py too) differs in `collect` alone (GRPO in its loss; presets in rate,
+reward and size of a step); the trainer is shared, and every generated and prefilled token is counted.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +91,8 @@ def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple
 
 
 def training_reward(reward: Reward, config: Config) -> Reward:
-    """The verifier's reward, or with `config.reward` "exact" 1 for a right answer and -1 for all others."""
-    return replace(reward, value=1.0 if reward.correct else -1.0) if config.reward == "exact" else reward
+    """The verifier's reward, dense or exact as `config.reward` says."""
+    return reward.exact() if config.reward == "exact" else reward
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -163,7 +163,7 @@ BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 
 def is_due(before: float, after: float, times: int) -> bool:
     """Whether a step from one share of the budget to another has passed one of `times` evenly spaced points."""
-    return int(before * times) < int(after * times)
+    return int(before * times + 1e-9) < int(after * times + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def set_rates(optimizer: torch.optim.Optimizer, state: dict, config: Config) -> None:

@@ -30,7 +30,7 @@ DRAW_CHUNK = 2**24  # elements of [rows, vocabulary] alive at once while tokens 
 class Usage:
     """What generation cost, the critic's share apart."""
 
-    generated: int = 0  # tokens drawn
+    generated: int = 0  # tokens drawn; what distinct continuations of a prefix have in common is drawn once
     prefilled: int = 0  # prefix tokens that the sampler ran through the model; those found in its cache don't count
     seconds: float = 0.0  # of the sampler
     valued: int = 0  # tokens that the critic read
@@ -74,7 +74,7 @@ class Trajectory:
 class Distinct:
     """Continuations of a prefix that are drawn without replacement: no two are the same."""
 
-    min_p: float = 0.0  # those that are less likely than this share of the likeliest one are not drawn
+    min_p: float = 0.0  # at each token those less likely so far than this share of the likeliest drawn are dropped
 
 
 class Sampler(Protocol):
@@ -308,8 +308,9 @@ class Beams:
         score = self.beside_ended(self.score, alive, torch.stack(scores, 1))
         logp = self.beside_ended(self.logp, alive, self.logp[alive, None] + logprobs)
         likely = logp.isfinite() & (logp >= logp.amax(1, keepdim=True) + self.cut)
-        score, best = score.where(likely, -torch.inf).topk(self.n)  # [B, n]
-        self.score, self.logp = score.flatten(), logp.gather(1, best).flatten()
+        self.logp, score = (x.where(likely, -torch.inf) for x in (logp, score))
+        score, best = score.topk(self.n)  # [B, n]
+        self.score, self.logp = score.flatten(), self.logp.gather(1, best).flatten()
         first = torch.arange(0, len(self.score), self.n, device=best.device)[:, None]
         source, column = (first + best // (self.n + 1)).flatten(), (best % (self.n + 1)).flatten()  # [R]
         place = torch.empty_like(source).scatter_(0, alive, torch.arange(len(alive), device=best.device))

@@ -75,7 +75,9 @@ def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, a
     assert sorted(set(rewards)) == pytest.approx([-1.0, 0.2, 1.0])
     assert [t.advantages[-1] for t in found] == pytest.approx(group_advantages(rewards).tolist())
     assert all(t.advantages == t.advantages[-1:] * len(t.completion) for t in found)
-    assert info == {"sample_reward": pytest.approx((sum(rewards) - 0.9 * 39) / 52), "solved": 0.25}
+    parsed = sum(t.reward.parsed for t in found) / 52  # of all samples: the guard sees groups that are all wrong too
+    sampled = pytest.approx((sum(rewards) - 0.9 * 39) / 52)
+    assert info == {"sample_reward": sampled, "parsed": pytest.approx(parsed), "solved": 0.25}
     assert usage.prefilled == sum(len(policy.encode(p)) for p in problems)
 
 

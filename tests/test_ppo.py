@@ -344,6 +344,7 @@ def test_evaluations_and_checkpoints_are_evenly_spaced_along_the_budget():
     shares = np.arange(101) / 100
     due = [after for before, after in zip(shares, shares[1:]) if ppo.is_due(before, after, 10)]
     assert due == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert sum(ppo.is_due(i / 100, (i + 1) / 100, 100) for i in range(100)) == 100
     assert ppo.is_due(0.3, 0.45, 10) and not ppo.is_due(0.3, 0.35, 10) and not ppo.is_due(0.0, 1.0, 0)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 import sampling
 from loading import load_policy
-from sampling import Distinct, TorchSampler, Usage, complete, inverse_cdf, share, stream
+from sampling import Beams, Distinct, TorchSampler, Usage, complete, inverse_cdf, share, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -176,6 +176,18 @@ def test_there_are_fewer_distinct_samples_where_there_are_not_more(few):
         likely = [sum(s.logprobs) for s in row]
         assert min(likely) >= max(likely) + math.log(0.3)
         assert 0 < len({tuple(s.tokens) for s in row}) == len(row) < 15
+
+
+def test_what_min_p_has_dropped_is_no_measure_of_what_goes_on():
+    """Prevents a node without children: one of two branches splits into twelve and is dropped, then the other one
+    splits as well, and is dropped for being less likely than one of the twelve was."""
+    beams, alive, alive_then = Beams(1, 2, 0.3, "cpu"), torch.tensor([0]), []
+    for drawn in ([[0.55, 0.45]], [[1.0, 1e-9], [1 / 12, 1 / 12]], [[0.01, 0.01]]):
+        p = torch.tensor(drawn, dtype=torch.float64)  # [s, 2]
+        left = torch.stack([torch.ones(len(p)), 1 - p[:, 0].clamp(max=1 - 1e-9)], 1).log()
+        alive = beams.choose(alive, p.log(), left, torch.full_like(p, 0.5))[1]
+        alive_then.append(len(alive))
+    assert alive_then == [2, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
