@@ -31,6 +31,7 @@ study: .venv/installed
 	$(BIN)/python study.py ablate
 	$(BIN)/python study.py cold
 	$(BIN)/python study.py search
+	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128 --out results/critic.json
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed

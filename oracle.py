@@ -4,8 +4,9 @@
     python oracle.py assets/tiny --simulations 8 32 128 --children 2 8    # and what search makes of which critic
 
 The states are those that the policy itself reaches: after every legal step of its own samples on validation problems.
-For each, what the critic says, whether the target can still be reached, and the best reward that can. Searches are run
-with the learned critic, with none (V = 0), and with one that knows the best reward in reach.
+For each, what the critic says, whether the target can still be reached, and the best reward that can. Searches, where
+a right answer is worth 1 and any other -1, are run with the learned critic, with none (V = 0), and with one that knows
+whether the target is in reach.
 """
 
 import json
@@ -21,7 +22,7 @@ import tyro
 import runs
 from checks import check, check_writable
 from config import TINY_TREE
-from countdown import Problem, check_game, follow, make_problems, reachable
+from countdown import Problem, Reward, check_game, follow, make_problems, reachable
 from distill import best_path
 from loading import load_policy, locate
 from mcts import search
@@ -86,7 +87,8 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]]], tuple[list[float], Usage]]:
-    """A critic for `search` that knows the best reward in reach of every state, -1 once a rule is broken."""
+    """A critic for `search` that knows of every state whether the target is in reach: 1, or -1; -1 too once a rule is
+    broken."""
     asked = {tuple(policy.encode(problem)): problem for problem in problems}
     lengths = {len(prompt) for prompt in asked}
 
@@ -95,7 +97,7 @@ def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]
         problem, completion = asked[tuple(state[:length])], state[length:]
         legal = [([], tuple(sorted(problem.numbers))), *states_of(policy, problem, completion)]
         tokens, left = legal[-1]
-        return best_reward(left, problem.target) if tokens == completion else -1.0
+        return 1.0 if tokens == completion and problem.target in reachable(left) else -1.0
 
     return lambda states: ([value(state) for state in states], Usage())
 
@@ -110,12 +112,16 @@ def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
         "none": lambda states: ([0.0] * len(states), Usage()),
         "perfect": perfect(policy, problems),
     }
+
+    def grade(problem: Problem, completion: list[int]) -> Reward:
+        return policy.grade(problem, completion).exact()
+
     found = []
     seeds = [stream(config.seed, i) for i in range(len(problems))]
     shared = replace(TINY_TREE, temperature=config.temperature, max_tokens=config.max_tokens)
     for name, children, simulations in product(critics, config.children, config.simulations):
         tree = replace(shared, children=children, simulations=simulations)
-        trees, usage = search(problems, prompts, sampler, critics[name], policy.grade, tree, seeds)
+        trees, usage = search(problems, prompts, sampler, critics[name], grade, tree, seeds)
         sampler.rest()
         paths = [best_path(t, tree) for t in trees]
         row = {

@@ -53,9 +53,7 @@ def test_the_perfect_critic_knows_each_state():
     )
     states = [policy.encode(problems[0]) + policy.tokenizer(step)["input_ids"] for step in steps]
     values, _ = oracle.perfect(policy, problems)([*states, policy.encode(problems[1])])
-    left = [(3, 5, 7, 9), (3, 9, 35), (3, 9, 12)]
-    assert values == [*(oracle.best_reward(numbers, 44) for numbers in left), -1.0, oracle.best_reward((2, 3), 7)]
-    assert values[:2] == [1.0, 1.0] and values[2] < 1 and values[4] == pytest.approx(1 - 2 / 7)
+    assert values == [1, 1, -1, -1, -1]  # 3 9 12 and 2 3 can't reach 44 and 7; 5 * 7 is not 36
 
 
 def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys):
