@@ -31,7 +31,8 @@ study: .venv/installed
 	$(BIN)/python study.py ablate
 	$(BIN)/python study.py cold
 	$(BIN)/python study.py search
-	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128 --out results/critic.json
+	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128
+	cp runs/critic.json results/
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed
