@@ -230,14 +230,13 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
     """The table at the end of a run, and what to do next."""
     lines = [f"\n{config.search} ({config.preset}, seed {config.seed}), {config.test_problems} held-out problems"]
     lines += [f"  {when:7s} {score.line()}" for when, score in scores.items()]
-    minutes = state["seconds"] / 60
+    minutes, trees = state["seconds"] / 60, " --children 8 --distinct --min-p 0.02" if config.tree.distinct else ""
     lines += [
         f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
-        f"{state['valued']:,} read by the critic, "
-        f"{minutes:.1f} min",
+        f"{state['valued']:,} read by the critic, {minutes:.1f} min",
         f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, best/, policy/",
-        f"  next: python evaluate.py {config.folder} --search mcts --budget 1024 --max-tokens {config.max_tokens} "
-        f"--temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}",
+        f"  next: python evaluate.py {config.folder} --search mcts --budget 1024{trees} "
+        f"--max-tokens {config.max_tokens} --temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}",
     ]
     return "\n".join(lines)
 
