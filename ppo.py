@@ -236,7 +236,8 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
         f"{state['valued']:,} read by the critic, {minutes:.1f} min",
         f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, best/, policy/",
         f"  next: python evaluate.py {config.folder} --search mcts --budget 1024{trees} "
-        f"--max-tokens {config.max_tokens} --temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}",
+        f"--max-tokens {config.max_tokens} --temperature {config.temperature} "
+        f"--dtype {config.dtype} --quantize {config.quantize}",
     ]
     return "\n".join(lines)
 
