@@ -22,8 +22,10 @@ METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 # where and how, not what
-ANYWHERE = ("tree", "out", "checkpoints", "gpu_memory", "micro_batch_tokens", "max_disagreement", "cluster")
-ANYWHERE += ("generator_timeout",)
+ANYWHERE = (
+    "tree", "out", "checkpoints", "gpu_memory", "micro_batch_tokens", "max_disagreement",
+    "cluster", "generator_timeout",
+)  # fmt: skip
 TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, prior="sum")
 
 
@@ -59,9 +61,8 @@ class Config:
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
-    sampler: str = (
-        "auto"  # auto (vllm where it is installed and a GPU is there, not for nf4 and distinct steps), torch, vllm
-    )
+    # auto (vllm where it is installed and a GPU is there, but for nf4 and distinct steps), torch, vllm
+    sampler: str = "auto"
 
     # several processes: cluster.py. A step's problems are collected in shards, each apart
     cluster: str = "none"  # none, local (Ray begins and ends with the run), auto (a running Ray cluster)

@@ -308,9 +308,9 @@ class Beams:
         score = self.beside_ended(self.score, alive, torch.stack(scores, 1))
         logp = self.beside_ended(self.logp, alive, self.logp[alive, None] + logprobs)
         likely = logp.isfinite() & (logp >= logp.amax(1, keepdim=True) + self.cut)
-        self.logp, score = (x.where(likely, -torch.inf) for x in (logp, score))
+        logp, score = (x.where(likely, -torch.inf) for x in (logp, score))  # what is dropped measures nothing later
         score, best = score.topk(self.n)  # [B, n]
-        self.score, self.logp = score.flatten(), self.logp.gather(1, best).flatten()
+        self.score, self.logp = score.flatten(), logp.gather(1, best).flatten()
         first = torch.arange(0, len(self.score), self.n, device=best.device)[:, None]
         source, column = (first + best // (self.n + 1)).flatten(), (best % (self.n + 1)).flatten()  # [R]
         place = torch.empty_like(source).scatter_(0, alive, torch.arange(len(alive), device=best.device))

@@ -19,7 +19,7 @@ from scripts import cluster_test
         (game, "--problems 20 --answers 5 --repeats 1", "verified"),
         (scaling, "--trees 1 2 --simulations 4 --of 4 2 --repeats 1", "scaling"),
         (shares, "--rows 8", "shares"),
-        (trials, "--trials fp32 plain-calls --rows 8 --repeats 1", "trials"),
+        (trials, "--trials fp32 two-products plain-calls --rows 8 --repeats 1", "trials"),
     ],
 )
 def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys, module, args, key):
