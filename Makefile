@@ -24,13 +24,7 @@ fuzz: .venv/installed
 
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed
-	$(BIN)/python study.py tune
-	$(BIN)/python study.py compare
-	$(BIN)/python study.py samples
-	$(BIN)/python study.py targets
-	$(BIN)/python study.py ablate
-	$(BIN)/python study.py cold
-	$(BIN)/python study.py search
+	set -e; for stage in tune compare samples targets ablate cold search; do $(BIN)/python study.py $$stage; done
 	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128
 	cp runs/critic.json results/
 

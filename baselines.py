@@ -50,17 +50,14 @@ def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], co
 COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": collect_groups}
 
 
-def options(args: list[str]) -> set[str]:
-    return {arg.partition("=")[0] for arg in args}
-
-
 def main() -> None:
     args = sys.argv[1:]
     if given(args, "--search", ""):
         runs.fail("--method names the method here; --search belongs to ppo.py")
-    if given(args, "--method", "") not in COLLECTORS and not {"--help", "-h", "--resume"} & options(args):
+    names = {arg.partition("=")[0] for arg in args}
+    if given(args, "--method", "") not in COLLECTORS and not {"--help", "-h", "--resume"} & names:
         runs.fail(f"pass --method {' | '.join(COLLECTORS)}, and any option of ppo.py")
-    args = ["--search" + arg[len("--method") :] if options([arg]) == {"--method"} else arg for arg in args]
+    args = [arg.replace("--method", "--search", 1) if arg.partition("=")[0] == "--method" else arg for arg in args]
     run(COLLECTORS, args, "best-of-n")
 
 

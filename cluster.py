@@ -265,14 +265,13 @@ class Cluster:
                 self.ray.kill(actor)
 
     def ask(self, actor, method: str, *args):
-        """A generator's answer. Lost if it dies, or takes too long and is killed; what it raised is raised here."""
+        """A generator's answer. Lost if it dies or takes too long; what it raised is raised here."""
         seconds = self.config.generator_timeout + (START_SECONDS if method == "load" else 0)
         try:
             return self.ray.get(getattr(actor, method).remote(*args), timeout=seconds)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self.ray.exceptions.RayError as error:
-            self.ray.kill(actor)
             raise Lost(f"{type(error).__name__} in {method}") from error
 
     def recover(self, shard: Shard | None, reason: Lost, failed: int) -> None:

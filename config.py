@@ -85,7 +85,7 @@ class Config:
     value_learning_rate: float = 1e-3  # the value head starts from nothing
     schedule: str = "linear"  # linear (to 0), constant
     warmup: int = 10  # steps
-    inner_steps: int = 1  # passes over a step's trajectories
+    inner_steps: int = 1  # passes over a step's trajectories; in each, R - V is of the critic as it is by then
     clip_gradient: float = 0.1  # norm of the model's gradient, and of the value head's, each apart
     loss: str = "cispo"  # cispo, ppo
     # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer: the post, ratio 1 at first),

@@ -8,7 +8,7 @@
     answers        every answer of the tree, advantage (R - mean) / std over them: the tree as a GRPO group
     steps          every answer, each step's tokens with advantage Q(child) - Q(parent)
     visits         every answer, each step's tokens with advantage pi(child) - mu(child): from the shares mu of the
-                   siblings' samples towards the shares pi of their visits, AlphaZero's target
+                   siblings' samples (equal ones, if distinct) towards the shares pi of their visits, as AlphaZero
 
 The last three train the critic on the tree's values too.
 """
@@ -30,6 +30,9 @@ class Lesson:
     advantages: list[float] | None = None  # a token; None: the critic's R - V
     returns: list[float] | None = None  # a token: what the critic should say of the state before it; None: R
     critic_only: bool = False  # nothing for the policy
+
+
+Teacher = Callable[[Tree, SearchConfig], list[Lesson]]
 
 
 def best_path(tree: Tree, config: SearchConfig) -> Node | None:
@@ -55,11 +58,6 @@ def best_answer(tree: Tree, config: SearchConfig) -> Node | None:
     return max(tree.answers(), key=lambda node: (node.reward.value, node.visits), default=None)
 
 
-def by_token(answer: Node, of: Callable[[Node, Node], float]) -> list[float]:
-    """of(parent, child) for each token of the steps that lead to an answer."""
-    return [of(parent, child) for parent, child in pairwise(answer.path()) for _ in child.tokens]
-
-
 def tree_values(answer: Node) -> list[float]:
     """Q of the state that each token of the way to an answer follows; inside a step, Q of the step."""
     return [q for parent, child in pairwise(answer.path()) for q in [parent.q, *[child.q] * (len(child.tokens) - 1)]]
@@ -81,22 +79,29 @@ def answers(tree: Tree, config: SearchConfig) -> list[Lesson]:
     return [Lesson(node, [a] * node.length, tree_values(node)) for node, a in pairs]
 
 
-def steps(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    def advantage(parent: Node, child: Node) -> float:
-        return child.q - parent.q
-
-    return [Lesson(node, by_token(node, advantage), tree_values(node)) for node in tree.answers()]
+def q_gain(parent: Node, child: Node) -> float:
+    """Q(child) - Q(parent)."""
+    return child.q - parent.q
 
 
-def visits(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    def advantage(parent: Node, child: Node) -> float:
-        visited, drawn = (sum(getattr(c, what) for c in parent.children) for what in ("visits", "count"))
-        return child.visits / visited - child.count / drawn
-
-    return [Lesson(node, by_token(node, advantage), tree_values(node)) for node in tree.answers()]
+def visit_gain(parent: Node, child: Node) -> float:
+    """pi(child) - mu(child): the child's share of its siblings' visits less that of their samples."""
+    visited, drawn = sum(c.visits for c in parent.children), sum(c.count for c in parent.children)
+    return child.visits / visited - child.count / drawn
 
 
-def alone(choose: Callable[[Tree, SearchConfig], Node | None], q: bool = False):
+def step_by_step(advantage: Callable[[Node, Node], float]) -> Teacher:
+    """Every answer, each of its steps' tokens with advantage(parent, child)."""
+
+    def lesson(answer: Node) -> Lesson:
+        steps = pairwise(answer.path())
+        advantages = [advantage(parent, child) for parent, child in steps for _ in child.tokens]
+        return Lesson(answer, advantages, tree_values(answer))
+
+    return lambda tree, config: [lesson(answer) for answer in tree.answers()]
+
+
+def alone(choose: Callable[[Tree, SearchConfig], Node | None], q: bool = False) -> Teacher:
     """The one answer that `choose` picks; its critic's targets are the tree's values if `q`."""
 
     def lessons(tree: Tree, config: SearchConfig) -> list[Lesson]:
@@ -116,13 +121,13 @@ def every_answer(tree: Tree, config: SearchConfig) -> list[Lesson]:
     return [Lesson(node, returns=tree_values(node)) for node in tree.answers()]
 
 
-LESSONS: dict[str, Callable[[Tree, SearchConfig], list[Lesson]]] = {
+LESSONS: dict[str, Teacher] = {
     "best-path": alone(best_path),
     "best-answer": alone(best_answer),
     "best-path-q": alone(best_path, q=True),
     "best-path-tree": best_path_tree,
     "every-answer": every_answer,
     "answers": answers,
-    "steps": steps,
-    "visits": visits,
+    "steps": step_by_step(q_gain),
+    "visits": step_by_step(visit_gain),
 }

@@ -1,4 +1,4 @@
-"""The engine that a run samples with, and the second one there is: vLLM, in the same process, for GPUs."""
+"""Which engine a run samples with; and the second engine, vLLM, in the same process, for GPUs."""
 
 import os
 import shutil
@@ -143,24 +143,23 @@ class VLLMSampler:
 
 
 def pick_sampler(sampler: str, device: str, quantize: str = "none", distinct: bool = False) -> str:
-    """ "auto" is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits, else torch, and torch beside
-    other ranks or where a search wants distinct steps; ValueError if vLLM isn't there, can't serve the weights (since
-    0.28 bitsandbytes is a plugin) or not draw so."""
-    if ranks.world() > 1 and sampler != "torch":
-        if sampler == "vllm":
+    """Which engine `sampler` means: auto is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits,
+    else torch, and torch beside other ranks or where a search wants distinct steps. ValueError if vLLM isn't there,
+    can't serve the weights (since 0.28 bitsandbytes is a plugin) or not draw so."""
+    if sampler == "auto":
+        served = quantize == "none" and not distinct and ranks.world() == 1
+        return "vllm" if served and device.startswith("cuda") and find_spec("vllm") else "torch"
+    if sampler == "vllm":
+        if ranks.world() > 1:
             raise ValueError(
                 "vLLM can't run beside torchrun's ranks: --sampler auto gives it to a cluster's generators"
             )
-        return "torch"
-    if sampler == "auto":
-        served = quantize == "none" and not distinct
-        return "vllm" if find_spec("vllm") and device.startswith("cuda") and served else "torch"
-    if sampler == "vllm" and distinct:
-        raise ValueError(NOT_DISTINCT)
-    if sampler == "vllm" and quantize != "none":
-        raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
-    if sampler == "vllm" and not find_spec("vllm"):
-        raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
+        if distinct:
+            raise ValueError(NOT_DISTINCT)
+        if quantize != "none":
+            raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
+        if not find_spec("vllm"):
+            raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
     return sampler
 
 

@@ -6,12 +6,14 @@
 
 mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
 With search, one answer a problem is chosen by the verifier's dense reward, among samples or among a tree's answers:
-Countdown's verifier needs no secret, so a deployed solver has it too.
+Countdown's verifier needs no secret, so a deployed solver has it too. Inside a tree any wrong answer is -1: one that
+is near would draw all visits to itself, and leave the budget unspent.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,6 @@ from tqdm import tqdm
 import runs
 from checks import check, check_choices, check_writable
 from countdown import Problem, check_game, make_problems, read_problems
-from distill import best_answer
 from engines import make_sampler, pick_sampler
 from loading import TINY, load_policy, locate, pick_device, read_model_config, read_tokenizer
 from mcts import SearchConfig, search
@@ -127,12 +128,14 @@ def evaluate_search(
         seeds = [stream(seed, start + i) for i in range(len(some))]
         if method == "mcts":
             prompts = [policy.encode(problem) for problem in some]
-            trees, used = search(some, prompts, sampler, sampler.values, policy.grade, config, seeds)
-            chosen = [best_answer(tree, config) for tree in trees]
-            rewards += [[node.reward if node else policy.grade(p, [])] for node, p in zip(chosen, some)]
+            exact = partial(policy.grade, exact=True)
+            trees, used = search(some, prompts, sampler, sampler.values, exact, config, seeds)
+            found = [[policy.grade(tree.problem, node.completion()) for node in tree.answers()] for tree in trees]
         else:
             rows, used = best_of_budget(policy, sampler, some, config, seeds)
-            rewards += [[max((t.reward for t in row), key=lambda reward: reward.value)] for row in rows]
+            found = [[t.reward for t in row] for row in rows]
+        for problem, answers in zip(some, found, strict=True):
+            rewards.append([max(answers or [policy.grade(problem, [])], key=lambda reward: reward.value)])
         usage += used
     return Score.of(rewards, usage)
 
@@ -144,7 +147,7 @@ def best_of_budget(
     blocks of 8; usage counts the tokens of those that are used."""
     rows: list[list[Trajectory]] = [[] for _ in problems]
     seconds, block = 0.0, 0
-    while min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget or block == 0:
+    while min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget:
         streams = [stream(seed, block) for seed in seeds]
         drawn, used = complete(
             policy, sampler, problems, 8, streams, config.max_tokens, config.temperature, "best-of-n"
@@ -207,9 +210,10 @@ class EvaluateConfig:
 
 
 def scores(config: EvaluateConfig) -> Iterator[Score]:
-    """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be
-    done."""
+    """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be."""
     run = runs.read_settings(config.model) if runs.log_of(config.model) else {}
+    if run.get("split") == "post" and not config.data:
+        raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
     if (most := run.get("max_tokens", 0)) > config.max_tokens:
         raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
     problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)

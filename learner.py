@@ -89,13 +89,14 @@ def update(
     if len({t.advantages is None for t in trajectories}) > 1 or len({t.returns is None for t in trajectories}) > 1:
         raise ValueError("a step's trajectories must all have advantages, or none, and so with returns")
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
-    ranks.tell((trajectories, [group["lr"] for group in optimizer.param_groups], micro_tokens))
+    if ranks.rank() == 0:  # the others wait for it in `follow`
+        ranks.broadcast((trajectories, [group["lr"] for group in optimizer.param_groups], micro_tokens))
     if config.old_logprobs != "recorded":
         recompute(policy, [t for t in trajectories if not t.critic_only], config, micro_tokens)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(config.inner_steps):
         before = sums
         sums, micro_tokens = gradients_that_fit(policy, optimizer, trajectories, config, micro_tokens)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums = ranks.add_up(trained, sums | {"micro_tokens": micro_tokens})
         micro_tokens = sums["micro_tokens"]
         if before:  # the weights have moved since they were sampled from
@@ -143,8 +144,7 @@ def gradients_that_fit(policy, optimizer, trajectories, config: Config, micro_to
 
 
 def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> dict:
-    """The gradient of the step's loss, this rank's share of it, in micro-batches, left in the weights; returns the
-    loss's parts."""
+    """Leave in the weights the gradient of the step's loss, this rank's share of it; returns the loss's parts."""
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
     taught = [t for t in trajectories if not t.critic_only]
@@ -154,8 +154,7 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
             loss, means = loss_of(policy, group, config, trajectories)
             loss.backward()
             for key, value in means.items():
-                before, value = sums.get(key, 0.0), value.item()
-                sums[key] = max(before, value) if key == "disagreement_max" else before + value
+                sums[key] = ranks.HOW.get(key, sum)([sums.get(key, 0.0), value.item()])
     return sums
 
 
@@ -202,9 +201,8 @@ def batch_loss(policy: Policy, group: list[Trajectory], config: Config, step: li
     weights = token_weights(mask, config.normalize, lengths)  # [B, T], sums to 1 over what teaches the policy
 
     critic = group[0].teaches_critic
-    logprobs, values, entropy = policy.logprobs_and_values(
-        batch, config.temperature, config.value_gradient, critic
-    )  # [B, T]
+    # each [B, T]
+    logprobs, values, entropy = policy.logprobs_and_values(batch, config.temperature, config.value_gradient, critic)
     advantage, value_loss = advantages_and_value_loss(values, mask, group, config, step)
     if config.loss == "cispo":
         policy_loss = cispo_loss(logprobs, old, advantage, config.clip_high)

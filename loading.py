@@ -37,7 +37,7 @@ LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemm
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is the GPU where there is one; ValueError for one that isn't there."""
+    """The device that a setting means: auto is the GPU where there is one. ValueError for one that isn't there."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}; CUDA_VISIBLE_DEVICES picks among GPUs")
     if device == "auto":

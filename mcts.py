@@ -13,10 +13,9 @@ Equation (Silver et al. 2017, AlphaGo Zero, with c * sqrt(N) as in the post):
 
 Deviations from the post, each a named choice: identical children are merged, or (`distinct`) never drawn; priors use
 the mean log-probability a token (`sum` is the post's, which favours short steps, and preset tiny's, whose steps are
-distinct); an unvisited child counts as its
-parent (`zero` is the post's); a pending visit counts as a loss (`visit` is the post's, which attracts workers when Q <
-0). Not choices: a leaf is counted once, a terminal node is never expanded nor given to the critic, no virtual visit
-outlives a wave.
+distinct); an unvisited child counts as its parent (`zero` is the post's); a pending visit counts as a loss (`visit` is
+the post's, which attracts workers when Q < 0). Not choices: a leaf is counted once, a terminal node is never expanded
+nor given to the critic, no virtual visit outlives a wave.
 """
 
 import math
@@ -55,7 +54,9 @@ class SearchConfig:
     step_tokens: int = 64  # an edge's tokens at most
     max_tokens: int = 512  # a completion's tokens at most; a node at the cap is terminal
     max_depth: int = 16  # steps
-    token_budget: int = 0  # tokens a tree may sample, 0: no limit; the root's steps may exceed it, the last a little
+    # tokens a tree may sample, 0: no limit; the root's steps may exceed it, the last a little; what distinct steps have
+    # in common counts for each
+    token_budget: int = 0
 
     def __post_init__(self):
         check(self, "at least", 1, "simulations children workers step_tokens max_tokens max_depth")
@@ -234,7 +235,8 @@ def considered_visits(actions: int, simulations: int) -> list[int]:
 
 
 def gumbel_scores(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray) -> np.ndarray:
-    """g(a) + log P(a) + sigma(completed Q) of the root's children. [K]"""
+    """g(a) + log P(a) + sigma(completed Q) of the root's children. [K] g is drawn anew, where Gumbel MuZero keeps those
+    that drew the children: but with independent ones and prior `count`, likely children are favoured twice."""
     gumbel = np.array([child.gumbel for child in node.children])
     return gumbel + np.log(np.maximum(prior, 1e-9)) + completed_q(node, q, prior, visits)
 

@@ -211,16 +211,8 @@ def fit(costs: Costs, budget: float) -> Plan:
     parts = {"frozen weights": costs.frozen / GB, "trainable ones": costs.trainable / GB}
     for phase, size in ("sampling", sampling), ("update", costs.update(tokens)):
         parts[f"{phase}, peak"] = CONTEXT_GB + (1 + FRAGMENTATION) * (resident + size) / GB
-    return Plan(
-        costs.engine,
-        costs.context,
-        min(costs.config.micro_batch_tokens, tokens),
-        rows,
-        costs.kept_tokens(rows),
-        cache / GB,
-        budget,
-        parts,
-    )
+    tokens = min(costs.config.micro_batch_tokens, tokens)
+    return Plan(costs.engine, costs.context, tokens, rows, costs.kept_tokens(rows), cache / GB, budget, parts)
 
 
 def advice(costs: Costs, budget: float) -> str:

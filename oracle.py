@@ -12,17 +12,17 @@ whether the target is in reach.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 import runs
 from checks import check, check_writable
 from config import TINY_TREE
-from countdown import Problem, Reward, check_game, follow, make_problems, reachable
+from countdown import Problem, check_game, follow, make_problems, reachable, solvable
 from distill import best_path
 from loading import load_policy, locate
 from mcts import search
@@ -87,8 +87,7 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]]], tuple[list[float], Usage]]:
-    """A critic for `search` that knows of every state whether the target is in reach: 1, or -1; -1 too once a rule is
-    broken."""
+    """A critic for `search` that knows: 1 where the target is in reach, else -1, and once a rule is broken."""
     asked = {tuple(policy.encode(problem)): problem for problem in problems}
     lengths = {len(prompt) for prompt in asked}
 
@@ -97,7 +96,7 @@ def perfect(policy: Policy, problems: list[Problem]) -> Callable[[list[list[int]
         problem, completion = asked[tuple(state[:length])], state[length:]
         legal = [([], tuple(sorted(problem.numbers))), *states_of(policy, problem, completion)]
         tokens, left = legal[-1]
-        return 1.0 if tokens == completion and problem.target in reachable(left) else -1.0
+        return 1.0 if tokens == completion and solvable(left, problem.target) else -1.0
 
     return lambda states: ([value(state) for state in states], Usage())
 
@@ -113,15 +112,12 @@ def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
         "perfect": perfect(policy, problems),
     }
 
-    def grade(problem: Problem, completion: list[int]) -> Reward:
-        return policy.grade(problem, completion).exact()
-
     found = []
     seeds = [stream(config.seed, i) for i in range(len(problems))]
     shared = replace(TINY_TREE, temperature=config.temperature, max_tokens=config.max_tokens)
     for name, children, simulations in product(critics, config.children, config.simulations):
         tree = replace(shared, children=children, simulations=simulations)
-        trees, usage = search(problems, prompts, sampler, critics[name], grade, tree, seeds)
+        trees, usage = search(problems, prompts, sampler, critics[name], partial(policy.grade, exact=True), tree, seeds)
         sampler.rest()
         paths = [best_path(t, tree) for t in trees]
         row = {
@@ -153,22 +149,22 @@ def judge(model: str, config: OracleConfig) -> dict:
     if not found:
         raise ValueError(f"{model}: none of its samples holds a legal step, so there is no state to judge")
     values = np.array(read_values(policy, [list(state) for state in found])[0])
-    solvable = np.array([target in reachable(left) for left, target in found.values()])
+    in_reach = np.array([solvable(left, target) for left, target in found.values()])
     best = np.array([best_reward(left, target) for left, target in found.values()])
     correlation = float(np.corrcoef(values, best)[0, 1]) if values.std() > 0 and best.std() > 0 else None
-    auc = area_under_curve(values, solvable)
+    auc = area_under_curve(values, in_reach)
     told = [f"area under the curve of V for solvability {auc:.3f}"] if auc is not None else []
     told += [f"correlation with the best reward in reach {correlation:.3f}"] if correlation is not None else []
-    print(f"{model}: {len(found)} states, {solvable.mean():.0%} solvable; {', '.join(told)}")
+    print(f"{model}: {len(found)} states, {in_reach.mean():.0%} solvable; {', '.join(told)}")
     return {
         "model": model,
         "states": len(found),
-        "solvable": float(solvable.mean()),
+        "solvable": float(in_reach.mean()),
         "auc": auc,
         "correlation": correlation,
         "numbers_left": [len(left) for left, _ in found.values()],
         "value": values.round(3).tolist(),
-        "in_reach": solvable.astype(int).tolist(),
+        "in_reach": in_reach.astype(int).tolist(),
         "best": best.round(3).tolist(),
         "searches": search_with_critics(policy, config) if config.simulations else [],
     }
@@ -176,7 +172,6 @@ def judge(model: str, config: OracleConfig) -> dict:
 
 def main() -> None:
     config = runs.read_config(OracleConfig)
-    torch.manual_seed(config.seed)
     rows = []
     for model in config.models:
         rows.append(judge(model, config))

@@ -42,8 +42,7 @@ class Parts:
         torch.save(random_state(), folder / "random.pt")
 
     def load(self, run: runs.Run) -> dict:
-        """A run's counters, at the start or as in the checkpoint, which is read back; learning rates stay the
-        config's."""
+        """A run's counters: those of the start, or the checkpoint's, which is read back. Rates stay the config's."""
         state = START | {"micro_tokens": self.micro_tokens} | run.state
         state["micro_tokens"] = min(state["micro_tokens"], self.micro_tokens)
         if run.restored:
@@ -59,16 +58,9 @@ class Parts:
 
     def measure(self, name: str, samples: int) -> Score:
         """The policy alone, without search, on one of the splits."""
-        config = self.config
+        c, problems = self.config, self.data[name]
         return evaluate(
-            self.policy,
-            self.sampler,
-            self.data[name],
-            samples,
-            config.eval_temperature,
-            config.max_tokens,
-            config.seed,
-            progress=True,
+            self.policy, self.sampler, problems, samples, c.eval_temperature, c.max_tokens, c.seed, progress=True
         )
 
     def validate(self, run: runs.Run, state: dict) -> dict[str, float]:

@@ -29,11 +29,7 @@ from config import PRESETS, preset_for, settings
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 DRAWS = 2_000  # of the bootstrap
-ALONG = {
-    "generated": "generated tokens",
-    "seconds": "seconds of training",
-    "cpu_seconds": "CPU seconds of training",
-}
+ALONG = {"generated": "generated tokens", "seconds": "seconds of training", "cpu_seconds": "CPU seconds of training"}
 RUN = tuple[dict, list[dict]]
 
 
@@ -58,7 +54,8 @@ def named(key: str, value: object) -> str:
 
 def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     """Runs that differ in nothing but their seed together, under their method's name. Where the runs of some method
-    differ in more, such settings, if other than in their preset, are part of every name."""
+    differ in more, such settings, if other than in their preset, are part of every name. ValueError for a seed that is
+    there twice."""
     found, values = defaultdict(list), defaultdict(set)
     loaded = [(settings(config), config, rows) for config, rows in map(load, folders)]
     for told, _, _ in loaded:
@@ -73,6 +70,9 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
             if key != "seed" and told[key] != usual[key] and key in varied
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
+    for name, some in found.items():
+        if len({config["seed"] for config, _ in some}) < len(some):
+            raise ValueError(f"two runs of {name} have the same seed: pass each run once")
     return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}
 
 
@@ -136,9 +136,8 @@ def read_scores(file: Path) -> dict:
 
 
 def search_curves(files: list[Path]):
-    """Problems solved against the tokens that a search spent on each, from `evaluate.py --out` files with several
-    budgets, with 95 % intervals over problems. Policies have a line style each, trees a shade. Returns the matplotlib
-    figure."""
+    """Problems solved against the tokens that a search spent on each, with 95 % intervals over problems, from
+    `evaluate.py --out` files with several budgets. A line style for each policy, a shade for each width of a tree."""
     _, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     found = [read_scores(file) for file in files]
     models = list(dict.fromkeys(one["model"] for one in found))
@@ -197,11 +196,10 @@ def shown_lead(lead: tuple[float, float, float] | None) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
 
 
-def scores_of(found: list[RUN], passed: bool = False) -> np.ndarray:
-    """What finished runs scored on the test problems, [seeds, problems]: mean@k or, `passed`, pass@k."""
+def scores_of(found: list[RUN]) -> np.ndarray:
+    """The share of samples that are right, of finished runs on the test problems, [seeds, problems]."""
     ends = [rows[-1] for _, rows in found]
-    right = np.array([row["test_right"] for row in ends])
-    return (right > 0) * 1.0 if passed else right / ends[0]["test_samples"]
+    return np.array([row["test_right"] for row in ends]) / ends[0]["test_samples"]
 
 
 def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
@@ -222,7 +220,7 @@ def ahead(name: str, found: dict[str, list[RUN]]) -> tuple[float, float, float] 
 
 def tested_on(some: list[RUN]) -> list:
     """What the test problems of runs depend on."""
-    return [settings(some[0][0])[name] for name in ("split", "size", "test_problems")]
+    return [settings(some[0][0])[name] for name in ("split", "size", "test_problems", "eval_temperature")]
 
 
 def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
@@ -273,8 +271,8 @@ def summary_table(folders: list[Path]) -> str:
         if not some:
             lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
-        scores, passed = scores_of(some), scores_of(some, passed=True)
-        mean, share = (shown(*pooled(x)) for x in (scores, passed))
+        shares = scores_of(some)
+        mean, passed = (shown(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
         less = shown_lead(ahead(name, found))
         tokens, steps, parsed = (
             np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
@@ -282,7 +280,7 @@ def summary_table(folders: list[Path]) -> str:
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
-            f"| {name} | {seeds[name]} | **{mean}** | {less} | {share} | {parsed:.0%} "
+            f"| {name} | {seeds[name]} | **{mean}** | {less} | {passed} | {parsed:.0%} "
             f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
@@ -371,7 +369,9 @@ def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
     found, shared = defaultdict(list), {}
     for file in files:
         one = read_scores(file)
-        told = {key: one.get(key) for key in ("search", "samples", "temperature", "max_tokens", "problems", "data")}
+        told = {
+            key: one.get(key) for key in ("search", "samples", "temperature", "max_tokens", "size", "problems", "data")
+        }
         if told["search"] != "none":
             raise ValueError(f"{file} holds scores of a search, not of a policy alone")
         if differ := differing(shared := shared or told, told):

@@ -106,11 +106,14 @@ class Policy(nn.Module):
         return encode(self.tokenizer, problem)
 
     def decode(self, completion: list[int]) -> str:
-        return self.tokenizer.decode(completion, skip_special_tokens=True)
+        """The text, but for the token that ends it; any other special token is part of what was said."""
+        ended = completion[-1:] and completion[-1] in self.stop_ids
+        return self.tokenizer.decode(completion[:-1] if ended else completion)
 
-    def grade(self, problem: Problem, completion: list[int], strict: bool = True) -> Reward:
-        """The verifier's reward of a completion given as token ids."""
-        return verify(self.decode(completion), problem, strict)
+    def grade(self, problem: Problem, completion: list[int], strict: bool = True, exact: bool = False) -> Reward:
+        """The verifier's reward of a completion given as token ids; if `exact`, a near miss earns nothing."""
+        reward = verify(self.decode(completion), problem, strict)
+        return reward.exact() if exact else reward
 
     # -------------------------------------------------------------------------------------------- forward passes
 

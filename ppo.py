@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ from parts import draw, prepare, record
 from policy import Policy
 from sampling import Sampler, Trajectory, Usage, complete
 
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+
 # ------------------------------------------------------------------------------------------------ collecting
 
 
@@ -43,12 +46,8 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
     """One tree a problem; the trainer gets what `config.distill` makes of it."""
     seeds = rng.integers(2**63, size=len(problems)).tolist()
     prompts = [policy.encode(problem) for problem in problems]
-
-    def grade(problem, completion):
-        return training_reward(policy.grade(problem, completion, config.strict), config)
-
     settings = config.search_config
-    trees, usage = search(problems, prompts, sampler, sampler.values, grade, settings, seeds)
+    trees, usage = search(problems, prompts, sampler, sampler.values, grader(policy, config), settings, seeds)
     trajectories = [
         Trajectory(
             problem=tree.problem,
@@ -81,18 +80,13 @@ def collect_samples(policy: Policy, sampler: Sampler, problems: list[Problem], c
 
 def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple[list[list[Trajectory]], Usage]:
     """`n` graded completions of each problem, as the run's settings say."""
-    seeds = rng.integers(2**63, size=len(problems)).tolist()
-    rows, usage = complete(
-        policy, sampler, problems, n, seeds, config.max_tokens, config.temperature, config.search, config.strict
-    )
-    for trajectory in (t for row in rows for t in row):
-        trajectory.reward = training_reward(trajectory.reward, config)
-    return rows, usage
+    seeds, grade = rng.integers(2**63, size=len(problems)).tolist(), grader(policy, config)
+    return complete(policy, sampler, problems, n, seeds, config.max_tokens, config.temperature, config.search, grade)
 
 
-def training_reward(reward: Reward, config: Config) -> Reward:
-    """The verifier's reward, dense or exact as `config.reward` says."""
-    return reward.exact() if config.reward == "exact" else reward
+def grader(policy: Policy, config: Config) -> Callable[[Problem, list[int]], Reward]:
+    """The verifier as the run's settings want it: strict or not, its reward dense or exact."""
+    return partial(policy.grade, strict=config.strict, exact=config.reward == "exact")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -102,7 +96,7 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     """Run a method to the end of its budget; returns the test scores before and after."""
     parts = prepare(config)
     policy, sampler, optimizer, data = parts.policy, parts.sampler, parts.optimizer, parts.data["train"]
-    bar = tqdm(total=100, desc=config.search, unit="%", bar_format=BAR)
+    bar = tqdm(total=100, desc=config.search, bar_format=BAR)
     with bar, runs.Run(config.folder, config, resume) as run:
         state = parts.load(run)
         ranks.synchronize(policy, optimizer)
@@ -153,9 +147,6 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
         scores["after"] = parts.test(run, state, "after")
     print(report(scores, state, config))
     return scores
-
-
-BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 # ------------------------------------------------------------------------------------------------ a step's mechanics
@@ -235,10 +226,13 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
         f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
         f"{state['valued']:,} read by the critic, {minutes:.1f} min",
         f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, best/, policy/",
-        f"  next: python evaluate.py {config.folder} --search mcts --budget 1024{trees} "
-        f"--max-tokens {config.max_tokens} --temperature {config.temperature} "
-        f"--dtype {config.dtype} --quantize {config.quantize}",
     ]
+    if config.split != "post":  # whose test problems it has seen
+        lines.append(
+            f"  next: python evaluate.py {config.folder} --search mcts --budget 1024{trees} "
+            f"--prior {config.tree.prior} --size {config.size} --max-tokens {config.max_tokens} "
+            f"--temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}"
+        )
     return "\n".join(lines)
 
 

@@ -199,7 +199,7 @@ def pretrain(config: PretrainConfig) -> None:
     if checkpoint.exists():
         saved = read_tensors(checkpoint)
         try:
-            differ = differing(settings | saved.get("settings", {}), settings)  # an earlier version's has none
+            differ = differing(saved["settings"], settings)
             if not differ:
                 model.load_state_dict(saved["model"])
                 for optimizer, state in zip(optimizers, saved["optimizers"]):

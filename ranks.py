@@ -30,8 +30,7 @@ HOW = {"disagreement_max": max, "micro_tokens": min}  # figures that are not add
 
 
 def join(device: str) -> int:
-    """Take part, if torchrun has started this process; its rank. Only rank 0 speaks. ValueError for more processes than
-    GPUs."""
+    """Take part, if torchrun has started this process; its rank. Rank 0 alone prints. ValueError for too few GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
         if device == "cuda":
@@ -68,25 +67,12 @@ def share(items: list[Item], size: Callable[[Item], int]) -> list[Item]:
     return items if world() == 1 else sorted(items, key=size, reverse=True)[rank() :: world()]
 
 
-def tell(message: object) -> None:
-    """From rank 0 to the others, who wait for it in `broadcast`."""
-    if rank() == 0:
-        broadcast(message)
-
-
 def broadcast(message: object = None) -> object:
     """Rank 0's message, on all ranks."""
     box = [message]
     if world() > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
-
-
-def gather(message: Item) -> list[Item]:
-    """Every rank's message, on all ranks."""
-    found = [message] * world()
-    dist.all_gather_object(found, message)
-    return found
 
 
 def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -107,7 +93,8 @@ def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[st
     gradient of gets none."""
     if world() == 1:
         return figures
-    told = gather(([p.grad is not None for p in parameters], figures))
+    told = [None] * world()  # by each rank
+    dist.all_gather_object(told, ([p.grad is not None for p in parameters], figures))
     for parameter, moved in zip(parameters, zip(*(flags for flags, _ in told))):
         if any(moved):
             if parameter.grad is None:  # this rank had no share

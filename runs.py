@@ -27,7 +27,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -139,7 +139,7 @@ class Run:
         except Timeout:
             raise ValueError(f"another process is writing to {self.folder}") from None
         try:
-            self._open(asdict(config) if is_dataclass(config) else dict(config), resume)
+            self._open(asdict(config), resume)
         except BaseException:
             self.lock.release()
             raise
@@ -176,8 +176,7 @@ class Run:
                     self.board.add_scalar(key, value, row["step"])
 
     def checkpoint(self, save: Callable[[Path], None], state: dict) -> None:
-        """The newest checkpoint; the one before it is kept. `save(folder)` writes the tensors, `state` (JSON) the
-        rest."""
+        """The newest checkpoint: `save(folder)` writes the tensors, `state` (JSON) the rest. The last one is kept."""
 
         def fill(folder: Path) -> None:
             save(folder)
@@ -345,14 +344,9 @@ def counted(lines: list[str]) -> str:
 
 
 def sums(folder: Path) -> list[str]:
-    """The checksums of a folder's files, as sha256sum writes them."""
-    return [f"{sha256(file)}  {name}" for name, file in files(folder).items()]
-
-
-def files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their names inside it, but for the checksums."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if name != SUMS}
+    """The checksums of a folder's files, but for this list, as sha256sum writes them."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return [f"{sha256(path)}  {name}" for name, path in files.items() if name != SUMS]
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ engines.py has vLLM for GPUs; tests/test_samplers.py holds both to the same cont
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -349,16 +350,16 @@ def complete(
     max_tokens: int,
     temperature: float,
     source: str,
-    strict: bool = True,
+    grade: Callable[[Problem, list[int]], Reward] | None = None,
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """`n` whole completions of each problem, graded: plain sampling, groups, best-of-N and evaluation use it."""
+    """`n` whole completions of each problem, graded by `grade` or else by the strict verifier: plain sampling, groups,
+    best-of-N and evaluation use it."""
+    grade = grade or policy.grade
     prompts = [policy.encode(problem) for problem in problems]
     rows, usage = sampler.sample(prompts, n, seeds, max_tokens, temperature, stop_at_step=False)
     return [
         [
-            Trajectory(
-                problem, start, s.tokens, s.logprobs, policy.grade(problem, s.tokens, strict), policy.version, source
-            )
+            Trajectory(problem, start, s.tokens, s.logprobs, grade(problem, s.tokens), policy.version, source)
             for s in row
         ]
         for problem, start, row in zip(problems, prompts, rows, strict=True)

@@ -2,10 +2,10 @@
 
     python study.py tune       # each method at up to three rates, with several ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
-    python study.py samples    # and from more or fewer tokens of a problem, the same way
+    python study.py samples    # the same with more, or fewer, tokens a problem
     python study.py targets    # what a tree may teach (distill.py), and wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
-    python study.py cold       # what these have trained on the test problems again, at the post's temperature
+    python study.py cold       # their policies on the test problems again, at the post's temperature
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import tyro
 
 import runs
-from checks import check, differing, read_json
+from checks import check, check_choices, differing, read_json
 from config import differences, parse
 from distill import LESSONS
 from evaluate import EvaluateConfig
@@ -127,10 +127,7 @@ class StudyConfig:
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"the first word must be {' or '.join(STAGES)}, not {self.stage!r}")
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods are {', '.join(METHODS)}, not {', '.join(unknown)}")
+        check_choices(self, stage=STAGES, methods=METHODS)
         check(self, "at least", 1, "seeds jobs")
 
 
@@ -170,7 +167,8 @@ def cold(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --temperature 0.2"
     for stage in compare, samples, ablate:
         for name, _ in stage(config):
-            if runs.ending(runs.read_metrics(config.out / stage.__name__ / name)) != "stopped":  # it has no policy
+            stopped = runs.ending(runs.read_metrics(config.out / stage.__name__ / name)) == "stopped"
+            if not stopped and not name.startswith("leaking"):  # no policy is left; it was taught these problems
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
 
@@ -188,17 +186,7 @@ def chat(config: StudyConfig) -> Jobs:
             yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method]} {options}"
 
 
-STAGES = {
-    "tune": tune,
-    "compare": compare,
-    "samples": samples,
-    "targets": targets,
-    "ablate": ablate,
-    "cold": cold,
-    "search": search,
-    "chat": chat,
-}
-
+STAGES = {stage.__name__: stage for stage in (tune, compare, samples, targets, ablate, cold, search, chat)}
 EVALUATED = ("cold", "search")  # stages that train nothing
 
 

@@ -241,7 +241,7 @@ def show_weights(bench: Bench, rates: dict[str, float]) -> None:
 def main() -> None:
     bench = runs.read_config(Bench)
     torch.set_num_threads(1)
-    config = Config(device="cpu", cluster="local", max_staleness=0)
+    config = Config(device="cpu", cluster="local", max_staleness=0, problems=max(GENERATORS))
     policy = load_policy(config.model)
     sampler, data = TorchSampler(policy), splits(config)["train"]
     with collecting(config, collect_mcts) as collect:

@@ -19,17 +19,13 @@ from statistics import median
 
 import runs
 from checks import check, check_writable
+from study import METHODS
 
 KIT = Path(__file__).parents[1]
 RUN = (
     "import runpy, sys, time; time.perf_counter = time.process_time; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-METHODS = {
-    "mcts": "ppo.py --search mcts",
-    "best-of-n": "baselines.py --method best-of-n",
-    "cispo": "baselines.py --method cispo",
-}
 # what the first commit ran as preset tiny, some of it by other defaults
 FIRST = {
     "mcts": "--problems 64 --tree.children 2 --tree.simulations 32 --tree.prior sum",

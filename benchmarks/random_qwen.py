@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import runs
 from checks import check, check_choices, check_writable
-from countdown import Problem, check_game, make_problems, play_distribution, prompt
+from countdown import Problem, check_game, make_problems, prompt
 from pretrain import write_game
 
 # how Qwen2 cuts text into words before it merges bytes: contractions, words, single digits, punctuation, white space
@@ -63,11 +63,8 @@ THIN = dict(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabul
 
 def games(number: int) -> list[tuple[Problem, str]]:
     """Training problems and for each a game that reaches the target."""
-    rng, found = random.Random(0), []
-    for problem in make_problems(2 * number, "train"):
-        if problem.target in play_distribution(problem.numbers):
-            found.append((problem, write_game(problem.numbers, problem.target, rng)))
-    return found[:number]
+    rng = random.Random(0)
+    return [(p, write_game(p.numbers, p.target, rng)) for p in make_problems(number, "train")]
 
 
 def build_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -127,6 +127,16 @@ def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, prob
     assert 0 < score.usage.generated <= 2 * 100 and score.usage.prefilled > 0
 
 
+def test_a_near_miss_does_not_draw_the_search_to_itself(policy, fake_sampler):
+    """Prevents a budget that is left unspent, its visits going to a wrong answer whose dense reward is high."""
+    near, right = (policy.tokenizer(f"<answer> 2 {sign} 3 </answer>")["input_ids"] for sign in "*+")
+    prompt, step = policy.encode(Problem((2, 3), 5)), [40, 6]
+    below = {len(prompt): [(near, 0.7, "end"), (step, 0.3, "step")], len(prompt) + 4: [(right, 1.0, "end")]}
+    sampler = fake_sampler(lambda prefix: below.get(len(prefix), [(step, 1.0, "step")]))
+    config = SearchConfig(simulations=60, children=16, workers=1, max_tokens=64)
+    assert evaluate_search(policy, sampler, [Problem((2, 3), 5)], "mcts", config).mean_at_k == 1
+
+
 def test_a_tree_without_an_answer_counts_as_no_answer(policy, fake_sampler, problems):
     """Prevents unanswered problems from leaving the average."""
     sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
@@ -190,6 +200,9 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text('{"max_tokens": 512}')
     with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
+        command(monkeypatch, tmp_path)
+    (tmp_path / "config.json").write_text('{"split": "post"}')
+    with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)
 
 

@@ -275,10 +275,14 @@ def test_what_is_trained_is_in_fp32(checkpoint, rank, dtype):
 
 
 def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(policy, problems):
-    """Prevents a prompt without its turn marker, stop tokens in the graded text and a strict flag that is dropped."""
+    """Prevents a prompt without its turn marker, a stop token in the graded text, other special ones left out of it,
+    and a strict flag that is dropped."""
     assert policy.tokenizer.decode(policy.encode(problems[1])) == "<|user|> Numbers: 2 3 5 10 Target: 25 <|assistant|>"
     completion = policy.tokenizer("<answer> 5 * (2 + 3) </answer> <|end|>")["input_ids"]
     assert policy.grade(problems[1], completion).correct and not policy.grade(problems[0], completion).correct
+    for said in ("<|unknown|>", "<|user|>", "<|end|>"):  # no part of an answer
+        broken = policy.tokenizer(f"<answer> 5 * (2 {said} + 3) </answer> <|end|>")["input_ids"]
+        assert not policy.grade(problems[1], broken).parsed
     negative = policy.tokenizer("<answer> 2 - 3 + 10 </answer>")["input_ids"]
     assert [policy.grade(problems[1], negative, strict).parsed for strict in (True, False)] == [False, True]
 

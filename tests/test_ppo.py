@@ -101,7 +101,7 @@ def test_a_policy_that_repeats_itself_or_earns_without_being_right_is_seen(probl
 def toy(monkeypatch):
     """A reward that a random model can learn: the share of even tokens, from -1 to 1."""
 
-    def grade(self, problem, completion, strict=True):
+    def grade(self, problem, completion, strict=True, exact=False):
         even = sum(token % 2 == 0 for token in completion) / len(completion)
         return Reward(2 * even - 1, even == 1, True, "toy")
 
@@ -167,10 +167,10 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
 def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_config, monkeypatch, method):
     """Prevents one method that is still paid for near misses where the others are not."""
 
-    def near(self, problem, completion, strict=True):
-        return Reward(0.5, False, True, "near") if completion[0] % 2 else Reward(1.0, True, True, "right")
+    def near(text, problem, strict):
+        return Reward(0.5, False, True, "near") if len(text) % 2 else Reward(1.0, True, True, "right")
 
-    monkeypatch.setattr(Policy, "grade", near)
+    monkeypatch.setattr("policy.verify", near)
     for name, values in {"dense": {0.5, 1.0}, "exact": {-1.0, 1.0}}.items():
         config = tiny_config(reward=name, distill="answers" if method == "mcts" else "best-path")
         found, _, _ = COLLECTORS[method](moved, TorchSampler(moved), problems * 8, config, np.random.default_rng(0))
@@ -197,13 +197,13 @@ def test_the_verifier_is_as_strict_as_the_run(moved, problems, tiny_config, monk
     """Prevents an option that a method drops."""
     seen = set()
 
-    def grade(self, problem, completion, strict=True):
-        seen.add(strict)
+    def grade(self, problem, completion, strict=True, exact=False):
+        seen.add((strict, exact))
         return Reward(len(completion) / 8, False, True, "made up")
 
     monkeypatch.setattr(Policy, "grade", grade)
     COLLECTORS[method](moved, TorchSampler(moved), problems, tiny_config(strict=False), np.random.default_rng(0))
-    assert seen == {False}
+    assert seen == {(False, False)}
 
 
 @pytest.mark.parametrize(
