@@ -4,9 +4,9 @@
     Pool    what is kept between calls, a slot a token: a step of a tree search inherits the states of all tokens before
             it and none is ever run again (vLLM's paged attention, Kwon et al. 2023, with blocks of one token)
 
-Both take a model's shapes from its first pass, so any decoder will do in which each layer is attention, with sliding
-windows too (they are kept whole: transformers masks them). Layers that remember in another way, as Mamba's, linear
-attention or convolutions do, are refused by loading.py.
+grouped_attention looks back at them. Rows and Pool take a model's shapes from its first pass, so any decoder will do in
+which each layer is attention, with sliding windows too (they are kept whole: transformers masks them). Layers that
+remember in another way, as Mamba's, linear attention or convolutions do, are refused by loading.py.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 BLOCK = 8  # columns that buffers grow by
+GROUPED = "grouped"  # transformers' name for the attention below
 
 
 class Layer(DynamicLayer):
@@ -125,3 +129,18 @@ class Pool:
             new = np.arange(self.used, self.used + len(tokens) - known)
             self.slots[tuple(tokens)] = np.concatenate([self.slots[tuple(tokens[:known])], new])
             self.used += len(new)
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' sdpa attention, but for one new token a row: the query heads [K * G] that share the K keys and
+    values stand as G rows of one product, where transformers copies keys and values for every head."""
+    masked = attention_mask is not None and attention_mask.shape[1] > 1  # head by head
+    if query.shape[2] > 1 or masked or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, K, G, dim]
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.flatten(1, 2)[:, None], None  # [B, 1, K * G, dim]
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)

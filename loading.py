@@ -8,21 +8,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
+from cache import GROUPED
 from checks import read_json
 from countdown import Problem
 from policy import VALUE_HEAD, Policy, encode, read_tensors
@@ -84,7 +80,7 @@ def load_policy(
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
         keep_packing(lm)
         if lm.config._attn_implementation == "sdpa":
-            lm.set_attn_implementation("grouped")
+            lm.set_attn_implementation(GROUPED)
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter:
@@ -103,21 +99,6 @@ def load_policy(
     if (head := Path(folder) / VALUE_HEAD).exists():
         policy.value_head.load_state_dict(read_tensors(head))
     return policy
-
-
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """transformers' sdpa attention, but for one new token a row: the query heads [K * G] that share the K keys and
-    values stand as G rows of one product, where transformers copies keys and values for every head."""
-    masked = attention_mask is not None and attention_mask.shape[1] > 1  # head by head
-    if query.shape[2] > 1 or masked or options.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, K, G, dim]
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.flatten(1, 2)[:, None], None  # [B, 1, K * G, dim]
-
-
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def read_model_config(folder: str, base: str) -> PreTrainedConfig:
