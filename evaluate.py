@@ -211,7 +211,8 @@ class EvaluateConfig:
 
 def scores(config: EvaluateConfig) -> Iterator[Score]:
     """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be."""
-    run = runs.read_settings(config.model) if runs.log_of(config.model) else {}
+    folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
+    run = next((runs.read_settings(folder) for folder in folders if runs.log_of(folder)), {})
     if run.get("split") == "post" and not config.data:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
     if (most := run.get("max_tokens", 0)) > config.max_tokens:

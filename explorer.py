@@ -61,7 +61,7 @@ def read(file: Path) -> list[dict]:
         trees = json.loads(file.read_text())
         if not trees or not all("root" in tree and "problem" in tree for tree in trees):
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{file} holds no trees: pass a file that --dump-trees wrote") from None
     return trees
 

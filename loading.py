@@ -160,7 +160,7 @@ def locate(model: str | Path) -> tuple[str, str]:
         path = path / "policy"
     if (path / "adapter_config.json").exists():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
+        if not base or not isinstance(base, str):
             raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
         if not (path / "adapter_model.safetensors").exists():
             raise ValueError(f"{name}: the adapter has no weights (adapter_model.safetensors)")
@@ -177,6 +177,8 @@ def locate(model: str | Path) -> tuple[str, str]:
         raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
     index = path / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map", {}) if index.exists() else {}
+    if not isinstance(shards, dict):
+        raise ValueError(f"{name}: {index.name} is damaged")
     if not all(str(shard).endswith(".safetensors") for shard in shards.values()):  # transformers would read them
         raise ValueError(f"{name}: {index.name} names other weights than safetensors; pickled ones (.bin) are not read")
     return str(path), str(path)

@@ -79,8 +79,8 @@ ppo.py --max-tokens 500                                 | new tokens exceed the 
 ppo.py --out empty.jsonl                                | empty.jsonl can't be written
 ppo.py --out empty.jsonl/run                            | empty.jsonl/run can't be written
 ppo.py --out /proc/run                                  | /proc/run can't be written
-ppo.py --resume                                         | --resume
-ppo.py --resume nowhere                                 | nowhere
+ppo.py --resume                                         | --resume needs the folder of a run
+ppo.py --resume nowhere                                 | nowhere holds no run
 ppo.py --resume runs/words --out runs/other             | leave out --out
 ppo.py --resume models/no-json                          | models/no-json/config.json is damaged
 ppo.py --resume runs/words                              | seed must be from 0 to 4294967295, not 'one'
@@ -148,7 +148,9 @@ evaluate.py models/gemma2                               | gemma2 changes its log
 evaluate.py models/no-weights                           | holds no safetensors weights
 evaluate.py models/adapter                              | its base model is not to be had: there is no folder /no/base
 evaluate.py models/adapter-json                         | adapter_config.json is damaged: it holds no JSON object
+evaluate.py models/adapter-base                         | the adapter doesn't name its base model
 evaluate.py models/shards                               | model.safetensors.index.json is damaged
+evaluate.py models/map                                  | model.safetensors.index.json is damaged
 evaluate.py models/odd                                  | can't load 'models/odd'
 countdown.py --nonsense                                 | Unrecognized options: --nonsense
 countdown.py --train one                                | Error parsing --train
@@ -183,6 +185,7 @@ plots.py search empty.jsonl --out models                | models is a folder: na
 plots.py search scores.json                             | scores.json holds no scores
 plots.py tree nowhere.json                              | nowhere.json
 plots.py tree second.jsonl                              | holds no trees
+plots.py tree deep.jsonl                                | holds no trees
 plots.py search nowhere.json                            | nowhere.json
 plots.py search models/adapter-json/config.json         | config.json
 oracle.py                                               | name at least one model
@@ -278,6 +281,7 @@ def place(tmp_path_factory, checkpoint):
     (model("no-json") / "config.json").write_text("{")
     (model("no-weights") / "model.safetensors").unlink()
     (model("shards") / "model.safetensors.index.json").write_text("{")
+    (model("map") / "model.safetensors.index.json").write_text('{"weight_map": []}')
     model("unknown", model_type="made-up")
     model("odd", hidden_size="wide")
     model("conv", layer_types=["full_attention", "conv"])
@@ -288,6 +292,8 @@ def place(tmp_path_factory, checkpoint):
     shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-json")
     edit(place / "models" / "adapter" / "adapter_config.json", base_model_name_or_path="/no/base")
     (place / "models" / "adapter-json" / "adapter_config.json").write_text("{")
+    shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-base")
+    edit(place / "models" / "adapter-base" / "adapter_config.json", base_model_name_or_path=3)
     return place
 
 

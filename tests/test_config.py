@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import runs
-from config import METHODS, PRESETS, Config, parse, preset_for, settings
+from config import EARLIER, METHODS, PRESETS, Config, parse, preset_for, settings
 from mcts import SearchConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def test_presets_are_valid_and_the_post_keeps_the_posts_numbers():
     """Prevents a preset under another's name, and a reproduction with other hyper-parameters than the post's."""
     for name, preset in PRESETS.items():
-        assert replace(preset) == preset and preset.preset == name
+        assert preset.preset == name
     post = PRESETS["post"]
     found = (post.problems, post.steps, post.learning_rate, post.clip_gradient, post.inner_steps, post.samples)
     assert found == (16, 2_048, 5e-6, 0.1, 1, 64) and (post.max_tokens, post.eval_temperature) == (512, 0.2)
@@ -75,8 +75,12 @@ def test_tiny_steps_are_their_methods_best():
 def test_a_resumed_run_is_configured_by_its_folder(tmp_path):
     """Prevents a resume under other settings, and one that fails on the versions and machine that config.json holds, on
     a run of an earlier version (fields that are new), or after the folder has moved."""
-    folder = save(tmp_path, lambda saved: saved.pop("gpu_memory"))
-    assert parse(["--resume", folder], "mcts") == (replace(SAVED, out=tmp_path), True)
+    folder = save(tmp_path, lambda saved: [saved.pop(name) for name in ("gpu_memory", *EARLIER)])
+    old = replace(SAVED, out=tmp_path, **EARLIER)
+    assert parse(["--resume", folder], "mcts") == (old, True)
+    free = ["--gpu-memory", "8", "--checkpoints", "3", "--max-disagreement", "1"]  # how, not what
+    expected = replace(old, gpu_memory=8.0, checkpoints=3, max_disagreement=1.0)
+    assert parse([f"--resume={folder}", *free], "mcts") == (expected, True)
 
 
 SAVED = Config(seed=3, lora_rank=4, quantize="nf4", out="elsewhere", tree=SearchConfig(simulations=9))

@@ -199,8 +199,9 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     assert asked == [((5, "test"), {"size": 4})] and "mean@16" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text('{"max_tokens": 512}')
-    with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
-        command(monkeypatch, tmp_path)
+    for model in (tmp_path, tmp_path / "policy"):
+        with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
+            command(monkeypatch, model)
     (tmp_path / "config.json").write_text('{"split": "post"}')
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)

@@ -64,7 +64,7 @@ def optimizer_of(policy, config, rate=1e-3):
 # ------------------------------------------------------------------------------------------------ losses
 
 
-@given(ROWS, st.floats(0, 1, width=32))
+@given(ROWS, st.floats(0, 1, width=32) | st.just(1.0))
 def test_gae_is_the_sum_of_its_definition(rows, lam):
     """Prevents advantages that leak over padding or rows, or count a delta twice (a literal double sum)."""
     values, rewards = zip(*rows)
@@ -75,15 +75,6 @@ def test_gae_is_the_sum_of_its_definition(rows, lam):
         deltas = [after - before for before, after in zip(v, following)]
         naive = [sum(lam ** (k - t) * deltas[k] for k in range(t, len(v))) for t in range(len(v))]
         assert row == pytest.approx([0.0] * (len(row) - len(v)) + naive, abs=1e-5)
-
-
-@given(ROWS)
-def test_gae_with_lambda_1_is_the_reward_less_the_value(rows):
-    """Prevents an advantage other than the post's A = R - V(s_t)."""
-    values, rewards = zip(*rows)
-    mask = right_aligned([[1.0] * len(row) for row in values])
-    expected = (torch.tensor(rewards)[:, None] - right_aligned(values)) * mask
-    assert_close(gae(torch.tensor(rewards), right_aligned(values), mask, 1.0), expected, atol=1e-6, rtol=0)
 
 
 # probability now, the recorded one, advantage -> CISPO loss (cap 5) and its slope, PPO loss (epsilon 0.2) and its slope

@@ -102,6 +102,8 @@ def test_a_summary_has_a_row_a_method(folders):
     header, _, row = plots.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
     assert row.endswith("| 0.00 M | 4 | – |")
+    with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
+        plots.summary_table([*folders, folders[0]])
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
     _, other = plots.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
@@ -132,22 +134,17 @@ def test_a_forest_shows_what_a_setting_changes(folders):
         plots.forest(folders[1:])
 
 
-def test_scores_on_other_problems_are_not_subtracted(folders):
-    """Prevents the post's test problems, of which the training set has most, from being paired with ours."""
-    finish(folders[0], [16, 8, 0, 8], split="multiset")
-    finish(folders[1], [16, 8, 0, 8], split="post")
-    _, leaking = plots.summary_table(folders).splitlines()[2:]
-    assert leaking.startswith("| mcts, split post | 1 | **50.0% [") and "%]** | – |" in leaking
-
-
-@pytest.mark.parametrize("other", [{"size": 3}, {"test_problems": 2}])
-def test_scores_on_fewer_or_other_problems_are_not_subtracted(folders, other):
-    """Prevents a difference between four numbers and three, and a traceback about shapes."""
+@pytest.mark.parametrize("other", [{"size": 3}, {"test_problems": 2}, {"eval_temperature": 0.2}, {"split": "post"}])
+def test_scores_of_another_test_are_not_subtracted(folders, other):
+    """Prevents a difference between four numbers and three, two temperatures, or our test problems and the post's, of
+    which the training set has most; and a traceback about shapes."""
     finish(folders[0], [16, 8, 0, 8])
     finish(folders[1], [16, 8] * (1 if "test_problems" in other else 2), distill="steps", **other)
     _, row = plots.summary_table(folders).splitlines()[2:]
     assert "distill steps" in row and "%]** | – |" in row
-    finish(folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820)  # the defaults, written out
+    finish(
+        folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820, eval_temperature=1.0
+    )  # the defaults, written out
     _, row = plots.summary_table(folders).splitlines()[2:]
     assert "%]** | +0.0 [" in row
 
@@ -186,7 +183,9 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     assert search.startswith("| mcts | 2 | **25.0% [") and " | – | 25.0% [" in search
     assert base.startswith("| base | 1 | **12.5% [") and " | -12.5 [" in base and " | 50.0% [" in base
     whole = json.loads(files[1].read_text())
-    for change, message in (({"search": "mcts"}, "holds scores of a search"), ({"temperature": 1.0}, "temperature")):
+    for change, message in (
+        ({"search": "mcts"}, "holds scores of a search"), ({"temperature": 1.0}, "temperature"), ({"size": 3}, "size"),
+    ):  # fmt: skip
         files[1].write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=f"{files[1]} .*{message}"):
             plots.scores_table(files)

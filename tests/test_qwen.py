@@ -225,7 +225,16 @@ def test_tokens_beyond_the_tokenizer_do_no_harm(qwen, problems, monkeypatch):
     assert math.isfinite(losses["policy_loss"]) and losses["disagreement_mean"] < 1e-3
 
 
-@pytest.mark.parametrize("step", ["<step> 2 + 3 = 5 </step>", "<step> 2 + 3 = 5</step>", "<step>5 </step>\n"])
+TAGGED = [
+    "<step> 2 + 3 = 5 </step>",
+    "<step> 2 + 3 = 5</step>",
+    "<step>5 </step>\n",
+    "</step>",
+    "> 1>2 <a></s> </step>",
+]
+
+
+@pytest.mark.parametrize("step", TAGGED)
 def test_both_spellings_of_the_tag_end_a_step(qwen, monkeypatch, step):
     """Prevents a search that runs on where Qwen writes </step> with another first token: after a space, after a digit,
     before a new line."""

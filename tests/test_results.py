@@ -1,5 +1,6 @@
 """The README's figures are those of the committed logs."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,10 +8,14 @@ import pytest
 
 import plots
 import runs
+from config import parse
+from evaluate import EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
 BLOCK = r"<!-- table: python plots\.py (table|summary|validation|scores) ([^>]+) -->\n(.*?)\n<!-- end -->"
-BLOCKS = re.findall(BLOCK, (ROOT / "README.md").read_text(), re.S)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(BLOCK, README, re.S)
+IMPORT = ast.Import, ast.ImportFrom
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*"))
 
 
@@ -22,9 +27,18 @@ def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
     assert folders and table == plots.TABLES[what](folders)
 
 
-def test_the_readme_has_a_table():
-    """Prevents the test above from passing because nothing matched."""
-    assert BLOCKS
+def test_no_table_is_passed_over():
+    """Prevents the test above from passing because a block is written in another way."""
+    assert len(BLOCKS) == README.count("<!-- table") > 0
+
+
+def test_imports_only_point_down_the_list():
+    """Prevents a circle, and a file that the README puts on the wrong floor."""
+    names = re.findall(r"^(\w+)\.py  ", README, re.M)
+    for place, name in enumerate(names[: names.index("checks") + 1]):
+        nodes = ast.parse((ROOT / f"{name}.py").read_text()).body
+        found = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in nodes if isinstance(n, IMPORT)]
+        assert not set(found) & set(names[:place]), f"{name} imports what is above it"
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: "/".join(path.parts[-2:]))
@@ -39,3 +53,22 @@ def test_a_run_says_how_it_was_made(folder):
 def test_results_stay_small():
     """Prevents a clone that takes minutes."""
     assert sum(path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()) < 20 * 2**20
+
+
+def commands():
+    """The commands of the README and docs/ that take options, [program, arguments]."""
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"^```\n(.*?)^```", file.read_text(), re.S | re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:python|torchrun .*) (ppo|baselines|evaluate)\.py ([^#]+)", line):
+                    yield pytest.param(*found.groups(), id=f"{file.name} {found[0].strip()}")
+
+
+@pytest.mark.parametrize(("program", "options"), commands())
+def test_a_command_of_the_readme_is_understood(program, options, tmp_path, monkeypatch):
+    """Prevents a first command that is refused: an option renamed, a value that is no more."""
+    monkeypatch.chdir(tmp_path)
+    if program == "evaluate":
+        runs.read_config(EvaluateConfig, options.split())
+    elif "--resume" not in options:
+        parse(options.replace("--method", "--search").split(), "mcts")
