@@ -174,15 +174,17 @@ def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, 
     """The mean of `scores` [seeds, problems], less that of a rival's on the same problems, and its 95 % interval.
 
     Problems are drawn with replacement, the same ones for all seeds (bootstrap). Five seeds are too few for that: their
-    mean is off by s / sqrt(seeds) times a draw from Student's t with seeds - 1 degrees of freedom. One seed adds none.
+    mean is off by s / sqrt(seeds) times a draw from Student's t, with the degrees of freedom that s has. A row and its
+    rival are taken to have the same s, so that a row of one seed has its rival's; alone it has none.
     """
     rng = np.random.default_rng(0)
     groups = [scores] if rival is None else [scores, -rival]
     per_problem = sum(group.mean(0) for group in groups)  # [problems]
     draws = per_problem[rng.integers(len(per_problem), size=(DRAWS, len(per_problem)))].mean(1)
-    for group in groups:
-        if (n := len(group)) > 1:
-            draws += group.mean(1).std(ddof=1) / math.sqrt(n) * rng.standard_t(n - 1, DRAWS)
+    means = [group.mean(1) for group in groups]  # [seeds]
+    if freedom := sum(len(mean) - 1 for mean in means):
+        s = math.sqrt(sum(((mean - mean.mean()) ** 2).sum() for mean in means) / freedom)
+        draws += s * math.sqrt(sum(1 / len(mean) for mean in means)) * rng.standard_t(freedom, DRAWS)
     return float(per_problem.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
 
 

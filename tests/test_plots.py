@@ -63,7 +63,7 @@ def test_table_takes_first_and_last_test_score(folders):
     assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in plots.results_table(folders[:1])
 
 
-@pytest.mark.parametrize(("seeds", "rivals"), [(3, 0), (5, 0), (5, 3)])
+@pytest.mark.parametrize(("seeds", "rivals"), [(3, 0), (5, 0), (5, 3), (1, 5)])
 def test_95_per_cent_intervals_hold_the_truth_in_95_per_cent_of_studies(seeds, rivals):
     """Prevents the narrow intervals of a bootstrap over three seeds (80 %), and five seeds on the same problems taken
     for independent problems. Each made-up study has effects of seed, of problem (which rivals share), and noise."""
