@@ -61,7 +61,7 @@ def main() -> None:
         out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
         evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,
         checkpoints=bench.rows, learning_rate=1e-5, failures=True,
-        tree=SearchConfig(simulations=4, children=2, prior="sum"),
+        tree=SearchConfig(simulations=16, children=2, prior="sum"),
     )  # fmt: skip
     found: list[tuple[float, int]] = []
     print("| step | MiB | open files | seconds |\n|---|---|---|---|", flush=True)
