@@ -147,7 +147,7 @@ def best_of_budget(
     blocks of 8; usage counts the tokens of those that are used."""
     rows: list[list[Trajectory]] = [[] for _ in problems]
     seconds, block = 0.0, 0
-    while min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget:
+    while not block or min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget:
         streams = [stream(seed, block) for seed in seeds]
         drawn, used = complete(
             policy, sampler, problems, 8, streams, config.max_tokens, config.temperature, "best-of-n"

@@ -235,8 +235,8 @@ def considered_visits(actions: int, simulations: int) -> list[int]:
 
 
 def gumbel_scores(node: Node, q: np.ndarray, prior: np.ndarray, visits: np.ndarray) -> np.ndarray:
-    """g(a) + log P(a) + sigma(completed Q) of the root's children. [K] g is drawn anew, where Gumbel MuZero keeps those
-    that drew the children: but with independent ones and prior `count`, likely children are favoured twice."""
+    """g(a) + log P(a) + sigma(completed Q) of the root's children, [K]. g is drawn anew, where Gumbel MuZero keeps the
+    noise that drew the children: likely ones are favoured twice, unless they are independent and the prior `count`."""
     gumbel = np.array([child.gumbel for child in node.children])
     return gumbel + np.log(np.maximum(prior, 1e-9)) + completed_q(node, q, prior, visits)
 

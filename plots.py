@@ -67,7 +67,7 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
         other = [
             named(key.split(".")[-1], told[key])
             for key in usual
-            if key != "seed" and told[key] != usual[key] and key in varied
+            if key != "seed" and key in varied and (key == "preset" or told[key] != usual[key])
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
     for name, some in found.items():

@@ -166,9 +166,9 @@ def ablate(config: StudyConfig) -> Jobs:
 def cold(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --temperature 0.2"
     for stage in compare, samples, ablate:
-        for name, _ in stage(config):
+        for name, command in stage(config):
             stopped = runs.ending(runs.read_metrics(config.out / stage.__name__ / name)) == "stopped"
-            if not stopped and not name.startswith("leaking"):  # no policy is left; it was taught these problems
+            if not stopped and "--split post" not in command:  # no policy is left; it was taught these problems
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
 

@@ -104,6 +104,9 @@ def test_a_summary_has_a_row_a_method(folders):
     assert row.endswith("| 0.00 M | 4 | – |")
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
         plots.summary_table([*folders, folders[0]])
+    finish(folders[1], [16, 8, 0, 8], seed=0, preset="qwen1.5b")
+    assert list(plots.by_method(folders)) == ["mcts, preset qwen1.5b", "mcts, preset tiny"]
+    finish(folders[1], [16, 8, 0, 8], seed=1, preset="tiny")
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
     _, other = plots.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other

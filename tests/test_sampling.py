@@ -1,5 +1,5 @@
-"""Tests of sampling.py: what is drawn, with which log-probabilities, where it stops and what it cost. Distributions are
-compared with softmax by chi-square, tokens with transformers' own generate."""
+"""Tests of sampling.py: what is drawn and what it cost; test_samplers.py has log-probabilities and where it stops.
+Distributions are compared with softmax by chi-square, tokens with transformers' own generate."""
 
 import math
 import shutil
@@ -171,9 +171,6 @@ def test_what_min_p_has_dropped_is_no_measure_of_what_goes_on():
     assert alive_then == [2, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
-
-
 # ------------------------------------------------------------------------------------------------ the batch around it
 
 
@@ -196,9 +193,6 @@ def test_draws_of_a_prefix_depend_on_its_seed_alone(stopping, order, kept, batch
     seeds = [SEEDS[i] for i in some]
     found, _ = draw(stopping, [PREFIXES[i] for i in some], seeds=seeds, batch=batch, distinct=distinct)
     assert_same_draws(found, [everything[i] for i in some])
-
-
-# ------------------------------------------------------------------------------------------------ where it stops
 
 
 # ------------------------------------------------------------------------------------------------ cost
