@@ -166,14 +166,26 @@ def command(monkeypatch, *args):
     module.main()
 
 
-@pytest.mark.parametrize("search", ["none", "mcts", "best-of-n"])
-def test_command_line_prints_and_writes_a_result_for_each_budget(checkpoint, tmp_path, monkeypatch, capsys, search):
+@pytest.mark.parametrize(
+    ("search", "more"),
+    [
+        ("none", ""),
+        ("none", "--dtype bfloat16"),
+        ("none", "--quantize nf4"),
+        ("mcts", ""),
+        ("mcts", "--distinct --min-p 0.02 --children 8 --workers 2 --prior mean"),
+        ("best-of-n", ""),
+    ],
+)
+def test_command_line_prints_and_writes_a_result_for_each_budget(
+    checkpoint, tmp_path, monkeypatch, capsys, search, more
+):
     """Prevents a result file whose settings overwrite what was found (it counts the problems that were graded), and a
     budget that is left out."""
     data, out = tmp_path / "problems.jsonl", tmp_path / "result.json"
     data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3)
     options = ("--search", search, "--data", data, "--samples", 2, "--budget", 40, 800, "--out", out)
-    command(monkeypatch, checkpoint, *options)
+    command(monkeypatch, checkpoint, *options, *more.split())
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert (result["search"], result["max_tokens"], result["budget"]) == (search, 8, [40, 800])
     assert (result["problems"], result["size"]) == (3, None)

@@ -183,15 +183,22 @@ def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_conf
             assert {t.reward.value for t in found} == values
 
 
-@pytest.mark.parametrize("method", ["mcts", "best-of-n", "none"])
-def test_failures_that_are_not_distilled_teach_the_critic_alone(tiny_config, checkpoint, method):
-    """Prevents wrong answers from moving a policy that is to see right ones only (a random model has none)."""
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("method", COLLECTORS)
+def test_right_answers_alone_move_the_policy(tiny_config, checkpoint, monkeypatch, method, right):
+    """Prevents wrong answers from moving a policy that is to see right ones only; they teach the critic at most."""
+
+    def grade(self, problem, completion, strict=True, exact=False):
+        good = right and completion[0] % 2 == 0
+        return Reward(1.0 if good else completion[-1] % 3 / 3 - 1, good, True, "toy")
+
+    monkeypatch.setattr(Policy, "grade", grade)
     config = tiny_config(search=method, failures=False, steps=2, tokens=0)
     train(config, COLLECTORS[method])
     learnt, start = load_policy(config.folder / "policy"), load_policy(checkpoint)
-    assert read_metrics(config.folder)[1]["correct"] == 0
-    assert_close(learnt.lm.state_dict(), start.lm.state_dict())
-    assert learnt.value_head.layers[-1].weight.abs().max() > 0
+    pairs = zip(learnt.lm.state_dict().values(), start.lm.state_dict().values(), strict=True)
+    assert any(not torch.equal(now, then) for now, then in pairs) == right
+    assert (learnt.value_head.layers[-1].weight.abs().max() > 0) == (method not in ("cispo", "grpo"))
 
 
 @pytest.mark.parametrize(
