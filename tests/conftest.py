@@ -94,7 +94,8 @@ class FakeSampler:
             if not choices:
                 rows.append([Sample() for _ in range(n)])
                 continue
-            picks = np.random.default_rng(seed).choice(len(choices), size=n, p=[p for _, p, _ in choices])
+            size, odds = min(n, len(choices)) if distinct else n, [p for _, p, _ in choices]
+            picks = np.random.default_rng(seed).choice(len(choices), size, replace=not distinct, p=odds)
             rows.append([])
             for pick in picks:
                 tokens, probability, ended = choices[pick]
