@@ -160,7 +160,7 @@ def locate(model: str | Path) -> tuple[str, str]:
         path = path / "policy"
     if (path / "adapter_config.json").exists():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        if not base or not isinstance(base, str):
+        if not (base and isinstance(base, str)):
             raise ValueError(f"{name}: the adapter doesn't name its base model (adapter_config.json)")
         if not (path / "adapter_model.safetensors").exists():
             raise ValueError(f"{name}: the adapter has no weights (adapter_model.safetensors)")

@@ -193,6 +193,11 @@ def shown(share: float, low: float, high: float) -> str:
     return f"{share:.1%} [{low:.1%}, {high:.1%}]"
 
 
+def shown_means(shares: np.ndarray) -> tuple[str, str]:
+    """mean@k and pass@k, in a table, of shares of samples that are right [seeds, problems]."""
+    return shown(*pooled(shares)), shown(*pooled((shares > 0) * 1.0))
+
+
 def shown_lead(lead: tuple[float, float, float] | None) -> str:
     """By how many points a row is ahead, in a table; a dash where it is held against nothing."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
@@ -274,7 +279,7 @@ def summary_table(folders: list[Path]) -> str:
             lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
         shares = scores_of(some)
-        mean, passed = (shown(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
+        mean, passed = shown_means(shares)
         less = shown_lead(ahead(name, found))
         tokens, steps, parsed = (
             np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
@@ -390,7 +395,7 @@ def scores_table(files: list[Path]) -> str:
     k, at = shared["samples"], shared["temperature"]
     lines = [f"| policy | seeds | mean@{k} at {at} | minus search | pass@{k} |", "|" + "---|" * 5]
     for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
-        mean, passed = (shown(*pooled(x)) for x in (shares, (shares > 0) * 1.0))
+        mean, passed = shown_means(shares)
         lead = tuple(100 * x for x in pooled(shares, found["mcts"])) if "mcts" in found and name != "mcts" else None
         lines.append(f"| {name} | {len(shares)} | **{mean}** | {shown_lead(lead)} | {passed} |")
     return "\n".join(lines)

@@ -230,7 +230,7 @@ TAGGED = [
     "<step> 2 + 3 = 5</step>",
     "<step>5 </step>\n",
     "</step>",
-    "> 1>2 <a></s> </step>",
+    "> 1>2 <a></s> <step></step>",
 ]
 
 

@@ -60,7 +60,8 @@ def commands():
     for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for block in re.findall(r"^```\n(.*?)^```", file.read_text(), re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"(?:python|torchrun .*) (ppo|baselines|evaluate)\.py ([^#]+)", line):
+                found = re.search(r"(?:python|torchrun .*) (ppo|baselines|evaluate)\.py ([^#]+)", line)
+                if found and "--resume" not in line:  # there is no run
                     yield pytest.param(*found.groups(), id=f"{file.name} {found[0].strip()}")
 
 
@@ -70,5 +71,5 @@ def test_a_command_of_the_readme_is_understood(program, options, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     if program == "evaluate":
         runs.read_config(EvaluateConfig, options.split())
-    elif "--resume" not in options:
+    else:
         parse(options.replace("--method", "--search").split(), "mcts")
