@@ -19,6 +19,7 @@ from mcts import SearchConfig
 
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
+READ_BY = {"--tree.": METHODS[:1], "--samples": METHODS[2:]}  # options that the other methods have no use for
 EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 # where and how, not what
@@ -240,6 +241,9 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
+    for arg in args:
+        if any(arg.startswith(option) and config.search not in methods for option, methods in READ_BY.items()):
+            runs.fail(f"{config.search} has no use for {arg.partition('=')[0]}: leave it out")
     check_writable(config.folder, folder=True)
     return config, False
 

@@ -69,6 +69,8 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
         explorer.dump(trees[: config.dump_trees], policy, settings, file)
     statistics = [tree.statistics() for tree in trees]
     info = {f"tree_{key}": float(np.mean([row[key] for row in statistics])) for key in statistics[0]}
+    if not info["tree_answers"]:
+        tqdm.write("warning: no tree of this step has an answer to teach: see --tree.simulations")
     return trajectories, usage, info
 
 

@@ -76,23 +76,22 @@ SWEEP = {  # besides what stage compare has
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
     **{(method, "failures"): "--failures" for method in METHODS},
+    **{(method, "failures-exact"): "--failures --reward exact" for method in METHODS if method != "mcts"},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": INDEPENDENT,
-    **{f"min-p-{p}": f"--tree.min-p {p}" for p in (0, 0.1, 0.6)},
+    "min-p-0": "--tree.min-p 0",
     "uct": "--tree.selection uct",
     "gumbel": "--tree.selection gumbel",
     **{f"prior-{name}": f"--tree.prior {name}" for name in ("mean", "uniform")},  # sum is the preset's
     "unvisited-zero": "--tree.unvisited zero",
     "virtual-loss-visit": "--tree.virtual-loss visit",
     **{f"children-{k}": f"--tree.children {k}" for k in (2, 8)},
-    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 8, 16, 64, 128)},
-    "tree-critic": "--distill best-path-tree",
+    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 16, 64, 128)},
     "visits": "--distill visits",
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",
     "failures": "--failures",
-    "long-steps": "--problems 64",
     "leaking-split": "--split post",
 }
 TREE = "--search mcts --simulations 4096 --workers 4 --children"
@@ -103,12 +102,12 @@ SEARCHED = {  # a policy and what is tried on it: after distilling the search, a
     "best-of-4": ("runs/compare/best-of-n-seed1", SEARCHES),
 }
 CHAT = {  # steps of about 13,000 tokens
-    "mcts": "--problems 24 --tree.children 2 --tree.simulations 32",
+    "mcts": "--problems 24 --tree.children 2 --tree.simulations 32 --tree.step-tokens 40",
     "best-of-n": "--problems 16 --samples 8",
     "cispo": "--problems 8 --samples 16",
     "none": "--problems 128",
 }
-CHAT_MODEL = "--model models/smollm2-warm --max-tokens 128 --tree.step-tokens 40"
+CHAT_MODEL = "--model models/smollm2-warm --max-tokens 128"
 BUDGET = "--tokens 1000000"
 VALIDATE = "--evaluations 1 --eval-samples 16 --test-problems 1 --test-samples 1 --no-test-before"
 TEST = "--evaluations 10 --no-test-before"

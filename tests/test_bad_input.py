@@ -99,6 +99,9 @@ baselines.py --method cispo --samples 1                 | cispo compares the sam
 baselines.py --method grpo --samples 1                  | grpo compares the samples of a problem
 baselines.py --method best-of-n --samples 0             | samples must be at least 1
 baselines.py --method best-of-n --dump-trees 1          | best-of-n makes none
+baselines.py --method cispo --tree.simulations 8        | cispo has no use for --tree.simulations
+ppo.py --search none --samples=64                       | none has no use for --samples: leave it out
+ppo.py --samples 64                                     | mcts has no use for --samples
 evaluate.py --search beam                               | search must be one of none, mcts, best-of-n, not 'beam'
 evaluate.py --sampler sglang                            | sampler must be one of
 evaluate.py --sampler vllm                              | vLLM is not installed

@@ -59,12 +59,14 @@ def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, ti
     assert [t.completion for t in again] == [t.completion for t in found]
 
 
-def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, tiny_config):
-    """Prevents training on a path that ends before its answer, and a crash where no tree has one."""
+def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, tiny_config, capsys):
+    """Prevents training on a path that ends before its answer, a crash where no tree has one, and a budget spent
+    on such trees without a word."""
     sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
     config = tiny_config(tree=SearchConfig(simulations=2))
     found, usage, info = collect_mcts(policy, sampler, problems, config, np.random.default_rng(0))
     assert found == [] and usage.generated > 0 and info["tree_answers"] == 0
+    assert "no tree of this step has an answer" in capsys.readouterr().out
 
 
 def test_plain_sampling_is_one_whole_completion_a_problem(moved, problems, tiny_config):
