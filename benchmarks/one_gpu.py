@@ -120,7 +120,8 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
         eval_samples=1, test_problems=1, test_samples=1, train_problems=200, max_tokens=bench.max_tokens,
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    args += ["--tree.simulations", str(bench.simulations), "--tree.step-tokens", str(bench.step_tokens)]
+    if method == "mcts":
+        args += ["--tree.simulations", str(bench.simulations), "--tree.step-tokens", str(bench.step_tokens)]
     args += ["--failures"]  # random weights have no right answers to learn from
     program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
