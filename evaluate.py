@@ -121,7 +121,8 @@ def evaluate_search(
     seed: int = 0,
     progress: bool = False,
 ) -> Score:
-    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens."""
+    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens. The
+    verifier is at hand, so that both are over with a right one (mcts: if config.until_right)."""
     rewards, usage = [], Usage()
     for start in tqdm(range(0, len(problems), CHUNK), desc=method, leave=False, disable=not progress):
         some = problems[start : start + CHUNK]
@@ -143,22 +144,31 @@ def evaluate_search(
 def best_of_budget(
     policy: Policy, sampler: Sampler, problems: list[Problem], config: SearchConfig, seeds: list[int]
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """For each problem the first samples that fit into config.token_budget (at least one). Samples are drawn in
-    blocks of 8; usage counts the tokens of those that are used."""
+    """For each problem the samples that are `paid` from config.token_budget. They are drawn in blocks of 8; usage
+    counts the tokens of those that are paid."""
     rows: list[list[Trajectory]] = [[] for _ in problems]
-    seconds, block = 0.0, 0
-    while not block or min(sum(len(t.completion) for t in row) for row in rows) < config.token_budget:
-        streams = [stream(seed, block) for seed in seeds]
-        drawn, used = complete(
-            policy, sampler, problems, 8, streams, config.max_tokens, config.temperature, "best-of-n"
-        )
-        rows = [row + more for row, more in zip(rows, drawn)]
-        seconds, block = seconds + used.seconds, block + 1
-    for i, row in enumerate(rows):
-        spent = np.cumsum([len(t.completion) for t in row])
-        rows[i] = row[: max(1, int((spent <= config.token_budget).sum()))]
+    going, seconds, block = list(range(len(problems))), 0.0, 0
+    while going:
+        some, streams = [problems[i] for i in going], [stream(seeds[i], block) for i in going]
+        drawn, used = complete(policy, sampler, some, 8, streams, config.max_tokens, config.temperature, "best-of-n")
+        for i, more in zip(going, drawn, strict=True):
+            rows[i] = paid(rows[i] + more, config.token_budget)
+        block, seconds = block + 1, seconds + used.seconds
+        going = [i for i in going if len(rows[i]) == 8 * block and not rows[i][-1].reward.correct]
     generated = sum(len(t.completion) for row in rows for t in row)
     return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
+
+
+def paid(samples: list[Trajectory], budget: int) -> list[Trajectory]:
+    """The first samples that fit into a budget of tokens, at least one, and none after a right one."""
+    spent = 0
+    for count, sample in enumerate(samples):
+        spent += len(sample.completion)
+        if count and spent > budget:
+            return samples[:count]
+        if sample.reward.correct:
+            return samples[: count + 1]
+    return samples
 
 
 @dataclass
@@ -170,6 +180,7 @@ class EvaluateConfig:
     budget: tuple[int, ...] = (1024,)  # tokens a problem, with search; a search for each
     data: Path | None = None  # JSONL problems, all of them; default: the test split
     problems: int = 820  # of the test split
+    skip: int = 0  # before them; those after the first 820 have decided nothing yet
     size: int = 4  # numbers in one of its problems
     samples: int = 16  # completions a problem, without search
     temperature: float = 1.0
@@ -197,7 +208,7 @@ class EvaluateConfig:
         )  # fmt: skip
         check_game(size=self.size, seed=self.seed)
         check(self, "at least", 1, "problems samples budget rows")
-        check(self, "at least", 0, "kept")
+        check(self, "at least", 0, "kept skip")
         check(self, "above", 0, "cache_gb")
         self.tree(self.budget[0])
         if self.out:
@@ -206,7 +217,7 @@ class EvaluateConfig:
     def tree(self, budget: int) -> SearchConfig:
         """The settings of a search with so many tokens a problem."""
         shared = ("simulations", "children", "distinct", "min_p", "prior", "workers", "temperature", "max_tokens")
-        return SearchConfig(token_budget=budget, **{name: getattr(self, name) for name in shared})
+        return SearchConfig(token_budget=budget, until_right=True, **{name: getattr(self, name) for name in shared})
 
 
 def scores(config: EvaluateConfig) -> Iterator[Score]:
@@ -217,7 +228,10 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
     if (most := run.get("max_tokens", 0)) > config.max_tokens:
         raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
-    problems = read_problems(config.data) if config.data else make_problems(config.problems, "test", size=config.size)
+    if config.data:
+        problems = read_problems(config.data)
+    else:
+        problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
     device = pick_device(config.device)
     engine = pick_sampler(config.sampler, device, config.quantize, config.search == "mcts" and config.distinct)
     folder, base = locate(config.model)
@@ -244,7 +258,7 @@ def main() -> None:
         for score in scores(config):
             found.append(asdict(score))
             if config.out:  # first: what reads the lines below may be gone
-                used = {"problems": score.problems, "size": None} if config.data else {}
+                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
                 told = asdict(config) | used | {"scores": found, "provenance": runs.provenance()}
                 runs.write(config.out, json.dumps(told, default=str))
             tell(config, score)

@@ -54,6 +54,7 @@ class SearchConfig:
     step_tokens: int = 64  # an edge's tokens at most
     max_tokens: int = 512  # a completion's tokens at most; a node at the cap is terminal
     max_depth: int = 16  # steps
+    until_right: bool = False  # end a tree with its first right answer (at test time, where a verifier is at hand)
     # tokens a tree may sample, 0: no limit; the root's steps may exceed it, the last a little; what distinct steps have
     # in common counts for each
     token_budget: int = 0
@@ -118,9 +119,12 @@ class Tree:
     expansions: int = 0
     generated: int = 0  # tokens of its sampled steps
     merged: int = 0  # sampled steps that repeated a sibling
+    solved: bool = False  # it has a right answer
 
     def room(self, config: SearchConfig) -> int:
         """The simulations that the next wave may do: no more than workers, simulations and token budget allow."""
+        if config.until_right and self.solved:
+            return 0
         room = min(config.workers, config.simulations - self.root.visits)
         if config.token_budget and self.expansions:
             room = min(room, int((config.token_budget - self.generated) * self.expansions / max(self.generated, 1)))
@@ -150,7 +154,7 @@ class Tree:
             "root_q": self.root.q,
             "root_value": self.root.value if self.root.value is not None else 0.0,
             "answers": len(answers),
-            "solved": float(any(node.reward.correct for node in answers)),
+            "solved": float(self.solved),
         }
 
 
@@ -330,6 +334,7 @@ def evaluate(leaves: Leaves, critic, grade) -> Usage:
         if leaf.ended and leaf.reward is None:
             leaf.reward = grade(tree.problem, leaf.completion())
             leaf.value = leaf.reward.value
+            tree.solved |= leaf.reward.correct
     return usage
 
 
@@ -352,7 +357,8 @@ def search(
     config: SearchConfig,
     seeds: list[int],
 ) -> tuple[list[Tree], Usage]:
-    """Search all problems together until every tree has had `config.simulations` visits or spent its tokens.
+    """Search all problems together until every tree has had `config.simulations` visits, spent its tokens or, if that
+    is asked, found a right answer.
 
     critic(states) -> values in [-1, 1] and their cost; grade(problem, completion ids) -> Reward. Tree i depends on
     seeds[i] alone, not on the other trees. Usage tells the critic's cost apart from the sampler's.

@@ -128,8 +128,8 @@ def learning_curves(folders: list[Path], x: str = "generated", axes=None):
 
 
 def read_scores(file: Path) -> dict:
-    """What `evaluate.py --out` has written. ValueError for another file."""
-    found = read_json(file)
+    """What `evaluate.py --out` has written, an earlier version's too. ValueError for another file."""
+    found = {"skip": 0} | read_json(file)
     if not (found.get("scores") and {"model", "search", "children"} <= found.keys()):
         raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
     return found
@@ -186,6 +186,31 @@ def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, 
         s = math.sqrt(sum(((mean - mean.mean()) ** 2).sum() for mean in means) / freedom)
         draws += s * math.sqrt(sum(1 / len(mean) for mean in means)) * rng.standard_t(freedom, DRAWS)
     return float(per_problem.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+
+
+def pass_at(shares: np.ndarray, samples: int) -> np.ndarray:
+    """pass@k for k from 1 to `samples`, without bias (Chen et al. 2021, eq. 1), where `shares` [seeds, problems] of
+    so many samples are right. [seeds, samples]"""
+    wrong, i = samples - np.rint(shares * samples)[..., None], np.arange(samples)  # [seeds, problems, 1], [samples]
+    missed = np.cumprod(np.maximum(wrong - i, 0) / (samples - i), -1)  # P(k samples without a right one)
+    return (1 - missed).mean(1)
+
+
+def pass_curves(found: dict[str, np.ndarray], samples: int, axes):
+    """pass@k against k: of each policy's `shares`, as of `pass_at`, the mean over seeds, in a band from the lowest seed
+    to the highest. Returns the matplotlib figure."""
+    for name, shares in found.items():
+        curves, color = 100 * pass_at(shares, samples), COLORS.get(name.partition(",")[0], "#8d99ae")
+        ks = range(1, samples + 1)
+        axes.plot(ks, curves.mean(0), color=color, linewidth=2.2, label=name)
+        axes.fill_between(ks, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("samples a problem, k")
+    axes.set_ylabel("pass@k, % of test problems")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return axes.figure
 
 
 def shown(share: float, low: float, high: float) -> str:
@@ -377,7 +402,8 @@ def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
     for file in files:
         one = read_scores(file)
         told = {
-            key: one.get(key) for key in ("search", "samples", "temperature", "max_tokens", "size", "problems", "data")
+            key: one.get(key)
+            for key in ("search", "samples", "temperature", "max_tokens", "size", "problems", "skip", "data")
         }
         if told["search"] != "none":
             raise ValueError(f"{file} holds scores of a search, not of a policy alone")

@@ -6,14 +6,15 @@
     python study.py targets    # what a tree may teach (distill.py), and wrong answers too, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py cold       # their policies on the test problems again, at the post's temperature
+    python study.py fresh      # those of stage compare on 820 test problems that have decided nothing
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
 Runs are `python ppo.py` and `python baselines.py` in processes of their own, `--jobs` at a time with an equal share of
 the cores. What is done with the same settings is skipped, what was interrupted is resumed from its checkpoint, so the
 study can be stopped at any moment and goes on with the same command. Of a run that is finished, or that guard.py
-stopped as collapsed, config.json and the metrics, packed, go to results/STAGE/. Stages cold and search run `python
-evaluate.py` on what others left in runs/, a JSON file each.
+stopped as collapsed, config.json and the metrics, packed, go to results/STAGE/. Stages cold, fresh and search run
+`python evaluate.py` on what others left in runs/, a JSON file each.
 """
 
 import json
@@ -73,10 +74,12 @@ SWEEP = {  # besides what stage compare has
     "cispo": ("4x16", "8x8"),
     "none": ("64x1",),
 }
+RLVR = "--failures --reward exact --kl-coefficient 0 --normalize token"  # what is usual with verifiable rewards
 TARGETS = {
     **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
     **{(method, "failures"): "--failures" for method in METHODS},
     **{(method, "failures-exact"): "--failures --reward exact" for method in METHODS if method != "mcts"},
+    **{("cispo", f"rlvr-{step}"): f"{RLVR} {SAMPLED[step]}" for step in ("16x4", "8x8")},
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": INDEPENDENT,
@@ -119,8 +122,8 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, cold, search, chat
-    seeds: int = 5  # of compare, samples and cold; of ablate at most 3, of chat 2
+    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, cold, fresh, search, chat
+    seeds: int = 5  # of compare, samples, cold and fresh; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(METHODS)  # but in ablate and search
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
@@ -171,6 +174,12 @@ def cold(config: StudyConfig) -> Jobs:
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
 
+def fresh(config: StudyConfig) -> Jobs:
+    yield "base", "evaluate.py assets/tiny --skip 820"
+    for name, _ in compare(config):
+        yield name, f"evaluate.py runs/compare/{name} --skip 820"
+
+
 def search(config: StudyConfig) -> Jobs:
     for when, (model, searches) in SEARCHED.items():
         for name, options in searches.items():
@@ -185,8 +194,8 @@ def chat(config: StudyConfig) -> Jobs:
             yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method]} {options}"
 
 
-STAGES = {stage.__name__: stage for stage in (tune, compare, samples, targets, ablate, cold, search, chat)}
-EVALUATED = ("cold", "search")  # stages that train nothing
+STAGES = {stage.__name__: stage for stage in (tune, compare, samples, targets, ablate, cold, fresh, search, chat)}
+EVALUATED = ("cold", "fresh", "search")  # stages that train nothing
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:

@@ -91,8 +91,9 @@ def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer,
 
 
 @pytest.mark.parametrize("budget", [1, 6, 20, 90])
-def test_best_of_n_spends_its_budget_and_no_more(policy, writer, problems, budget):
-    """Prevents a rival that gets more tokens than the tree, or fewer than it could use."""
+def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems, budget):
+    """Prevents a rival that gets more tokens than the tree, or fewer than it could use, or that pays for samples after
+    a right one."""
     sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("<answer> 2 </answer>", 0.3), ("", 0.2))
     config, sample, seconds = SearchConfig(token_budget=budget), sampler.sample, []
 
@@ -106,7 +107,9 @@ def test_best_of_n_spends_its_budget_and_no_more(policy, writer, problems, budge
     spent = [sum(len(t.completion) for t in row) for row in rows]
     for row, tokens in zip(rows, spent, strict=True):
         assert tokens <= budget or len(row) == 1
-        assert tokens > budget - 6  # the longest answer would not have fitted
+        assert not any(t.reward.correct for t in row[:-1])
+        assert row[-1].reward.correct or tokens > budget - 6  # the longest answer would not have fitted
+    assert budget < 90 or any(row[-1].reward.correct and tokens <= budget - 6 for row, tokens in zip(rows, spent))
     assert (usage.generated, usage.prefilled) == (sum(spent), sum(len(policy.encode(p)) for p in problems))
     assert usage.seconds == sum(seconds) > 0
     shorter, _ = best_of_budget(policy, sampler, problems, SearchConfig(token_budget=max(1, budget // 2)), [1, 2, 3, 4])
@@ -120,7 +123,7 @@ def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, prob
     """Prevents a search whose best answer is lost, or charged to another problem."""
     monkeypatch.setattr(module, "CHUNK", 1)
     sampler = writer(("<answer> 2 + 3 </answer>", 0.3), ("<answer> 3 </answer>", 0.7))
-    config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64)
+    config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64, until_right=True)
     score = evaluate_search(policy, sampler, problems[:2], method, config)
     assert (score.problems, score.samples, score.mean_at_k) == (2, 1, 0.5)
     assert score.reward == pytest.approx((1 + 1 - 2 * 20 / 25) / 2)
@@ -205,10 +208,12 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     (tmp_path / "policy").symlink_to(checkpoint)
     asked = []
     monkeypatch.setattr(
-        module, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)]
+        module, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)] * 3
     )
     command(monkeypatch, tmp_path, "--problems", 5)
-    assert asked == [((5, "test"), {"size": 4})] and "mean@16" in capsys.readouterr().out
+    command(monkeypatch, tmp_path, "--problems", 5, "--skip", 2)
+    assert asked == [((5, "test"), {"size": 4}), ((7, "test"), {"size": 4})]
+    assert capsys.readouterr().out.count("mean@16") == 2
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text('{"max_tokens": 512}')
     for model in (tmp_path, tmp_path / "policy"):

@@ -600,6 +600,20 @@ def test_token_budget(world, seed, budget, workers):
     assert sum(game.generated[:-1]) < budget < tree.generated + tree.generated / tree.expansions
 
 
+@given(GAMES, SEEDS, st.integers(1, 4))
+@examples(50)
+def test_a_tree_ends_with_its_first_right_answer(world, problem, seed, workers):
+    """Prevents tokens spent after the answer is known, a tree that ends before, and another search on the way there."""
+    config = SearchConfig(simulations=100, children=3, workers=workers)
+    game, _ = countdown_world(world, problem)
+    (whole,), _ = game.search(config, seed=seed)
+    (tree,), _ = game.search(replace(config, until_right=True), seed=seed)
+    graded = game.graded[len(whole.answers()) :]
+    assert graded == game.graded[: len(graded)] and tree.solved == whole.solved
+    assert (tree.root.visits < whole.root.visits) or not tree.solved or tree.root.visits > 100 - workers
+    assert sum(answer.reward.correct for answer in tree.answers()) <= workers
+
+
 # ------------------------------------------------------------------------------------------------ settings
 
 

@@ -1,6 +1,7 @@
 """Figures and tables from run folders."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -93,6 +94,19 @@ def finish(folder, right, **settings):
     (folder / "config.json").write_text(json.dumps(config | settings))
     rows[-1] |= {"test_right": right, "test_parsed": 0.5}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_answer():
+    """Prevents a biased estimate: of all subsets of k samples, those with a right one are counted."""
+    right = np.array([[0, 1, 6, 2], [3, 3, 0, 5]])
+    found = plots.pass_at(right / 6, 6)
+    for k in range(1, 7):
+        hits = [[any(i < count for i in some) for some in combinations(range(6), k)] for count in right.flat]
+        assert found[:, k - 1] == pytest.approx(np.mean(hits, 1).reshape(2, 4).mean(1))
+    _, axes = plots.plt.subplots()
+    plots.pass_curves({"mcts": right / 6, "cispo": right[:1] / 6}, 6, axes)
+    assert [line.get_label() for line in axes.lines] == ["mcts", "cispo"]
+    assert axes.lines[0].get_ydata() == pytest.approx(100 * found.mean(0))
 
 
 def test_a_summary_has_a_row_a_method(folders):
