@@ -24,7 +24,7 @@ fuzz: .venv/installed
 
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed
-	set -e; for stage in tune compare samples targets ablate cold fresh search; do $(BIN)/python study.py $$stage; done
+	set -e; for stage in tune compare samples targets rivals ablate cold fresh search; do $(BIN)/python study.py $$stage; done
 	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128
 	cp runs/critic.json results/
 

@@ -3,7 +3,8 @@
     python study.py tune       # each method at up to three rates, with several ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on
     python study.py samples    # the same with more, or fewer, tokens a problem
-    python study.py targets    # what a tree may teach (distill.py), and wrong answers too, validation
+    python study.py targets    # what a tree may teach (distill.py), validation
+    python study.py rivals     # what the other methods might gain from: wrong answers too, colder samples …, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py cold       # their policies on the test problems again, at the post's temperature
     python study.py fresh      # those of stage compare on 820 test problems that have decided nothing
@@ -74,12 +75,18 @@ SWEEP = {  # besides what stage compare has
     "cispo": ("4x16", "8x8"),
     "none": ("64x1",),
 }
+TARGETS = {lesson: f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"}
 RLVR = "--failures --reward exact --kl-coefficient 0 --normalize token"  # what is usual with verifiable rewards
-TARGETS = {
-    **{("mcts", lesson): f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"},
-    **{(method, "failures"): "--failures" for method in METHODS},
-    **{(method, "failures-exact"): "--failures --reward exact" for method in METHODS if method != "mcts"},
-    **{("cispo", f"rlvr-{step}"): f"{RLVR} {SAMPLED[step]}" for step in ("16x4", "8x8")},
+RIVALS = {  # what they might gain from, beside what is tuned
+    "failures": ("--failures", ("best-of-n", "cispo", "none")),
+    "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
+    "colder": ("--temperature 0.7", ("best-of-n", "cispo", "none")),
+    "16x2": ("--problems 16 --samples 2", ("best-of-n", "cispo")),
+    "8x4": ("--problems 8 --samples 4", ("best-of-n", "cispo")),
+    "rlvr-16x4": (RLVR, ("cispo",)),
+    "rlvr-8x8": (f"{RLVR} {SAMPLED['8x8']}", ("cispo",)),
+    "lr5e-5": ("--learning-rate 5e-5", ("none",)),
+    "lr2e-4": ("--learning-rate 2e-4", ("none",)),
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": INDEPENDENT,
@@ -122,10 +129,10 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, ablate, cold, fresh, search, chat
+    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, rivals, ablate, cold, fresh, search, chat
     seeds: int = 5  # of compare, samples, cold and fresh; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
-    methods: tuple[str, ...] = tuple(METHODS)  # but in ablate and search
+    methods: tuple[str, ...] = tuple(METHODS)  # of tune, compare, samples, cold, fresh and chat
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
 
     def __post_init__(self):
@@ -155,8 +162,13 @@ def samples(config: StudyConfig) -> Jobs:
 
 
 def targets(config: StudyConfig) -> Jobs:
-    for (method, name), options in TARGETS.items():
-        if method in config.methods:
+    for name, options in TARGETS.items():
+        yield f"mcts-{name}", f"{METHODS['mcts']} {options} {BUDGET} {VALIDATE}"
+
+
+def rivals(config: StudyConfig) -> Jobs:
+    for name, (options, methods) in RIVALS.items():
+        for method in methods:
             yield f"{method}-{name}", f"{METHODS[method]} {options} {BUDGET} {VALIDATE}"
 
 
@@ -194,7 +206,9 @@ def chat(config: StudyConfig) -> Jobs:
             yield f"{method}-lr{rate}-seed{seed}", f"{METHODS[method]} {options}"
 
 
-STAGES = {stage.__name__: stage for stage in (tune, compare, samples, targets, ablate, cold, fresh, search, chat)}
+STAGES = {
+    stage.__name__: stage for stage in (tune, compare, samples, targets, rivals, ablate, cold, fresh, search, chat)
+}
 EVALUATED = ("cold", "fresh", "search")  # stages that train nothing
 
 
