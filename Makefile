@@ -25,8 +25,7 @@ fuzz: .venv/installed
 # the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
 study: .venv/installed
 	set -e; for stage in tune compare samples targets rivals ablate cold fresh search; do $(BIN)/python study.py $$stage; done
-	$(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128
-	cp runs/critic.json results/
+	test -e results/critic.json || $(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128 --out results/critic.json
 
 # 20 runs killed at random moments and resumed, held against one that was left alone
 crash-test: .venv/installed

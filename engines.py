@@ -8,13 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 import ranks
+from loading import adapter_rank, locate, read_tokenizer
 from policy import Policy
 from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_context, read_values
 
 MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
+COLDEST = 0.01  # what vLLM makes, with a warning, of a temperature below it
 NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out distinct"
 
 
@@ -33,6 +36,7 @@ class VLLMSampler:
         self.on_gpu = policy.device.type == "cuda"
         if not self.on_gpu:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's: vLLM's own group would have no store
         import vllm
 
         self.vllm, self.policy, self.context = vllm, policy, context
@@ -64,13 +68,14 @@ class VLLMSampler:
             disable_log_stats=False,  # they count what the prefix cache saved; they stay in this process
             seed=seed,
         )
-        probe = policy.tokenizer("<step> 1 + 2 = 3 </step>")["input_ids"]
-        if self.llm.get_tokenizer().decode(probe) != policy.tokenizer.decode(probe):
+        if not read_alike(policy.tokenizer, self.llm.get_tokenizer()):
             raise ValueError("vLLM reads this model's tokenizer in another way: pass --sampler torch")
 
     def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
         if distinct:
             raise ValueError(NOT_DISTINCT)
+        if temperature < COLDEST:
+            raise ValueError(f"vLLM samples at a temperature of {COLDEST} at least, not {temperature}")
         began = time.perf_counter()
         check_context(self.context, max(map(len, prefixes), default=0), 1)
         self._serve()
@@ -142,25 +147,42 @@ class VLLMSampler:
         return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
 
 
-def pick_sampler(sampler: str, device: str, quantize: str = "none", distinct: bool = False) -> str:
-    """Which engine `sampler` means: auto is vLLM where it is installed and the policy is on a GPU in 16 or 32 bits,
-    else torch, and torch beside other ranks or where a search wants distinct steps. ValueError if vLLM isn't there,
-    can't serve the weights (since 0.28 bitsandbytes is a plugin) or not draw so."""
-    if sampler == "auto":
-        served = quantize == "none" and not distinct and ranks.world() == 1
-        return "vllm" if served and device.startswith("cuda") and find_spec("vllm") else "torch"
-    if sampler == "vllm":
+def read_alike(ours, theirs) -> bool:
+    """Whether two tokenizers read the same tokens alike: vLLM finds </step> in its own decoding."""
+    tokens = ours("<step> 1 + 2 = 3 </step>")["input_ids"]
+    return ours.decode(tokens) == theirs.decode(tokens)
+
+
+def serves(model: str, dtype: str, lora_rank: int) -> bool:
+    """Whether vLLM serves a model's tokenizer and adapter on a GPU."""
+    folder, base = locate(model)
+    rank, tokenizer = adapter_rank(folder, base) or lora_rank, read_tokenizer(folder, base)
+    if rank > LORA_RANKS[-1] or (rank and dtype == "float32"):
+        return False
+    return read_alike(tokenizer, AutoTokenizer.from_pretrained(tokenizer.name_or_path))
+
+
+def pick_sampler(settings, device: str, distinct: bool) -> str:
+    """Which engine a Config or EvaluateConfig means: auto is vLLM where it is installed, the policy is on a GPU in 16
+    or 32 bits and vLLM `serves` it, else torch, and torch beside other ranks or where a search wants distinct steps.
+    ValueError if vLLM isn't there, can't serve the weights (since 0.28 bitsandbytes is a plugin) or not draw so."""
+    if settings.sampler == "auto":
+        able = settings.quantize == "none" and not distinct and ranks.world() == 1
+        able = able and device.startswith("cuda") and find_spec("vllm")
+        rank = getattr(settings, "lora_rank", 0)
+        return "vllm" if able and serves(settings.model, settings.dtype, rank) else "torch"
+    if settings.sampler == "vllm":
         if ranks.world() > 1:
             raise ValueError(
                 "vLLM can't run beside torchrun's ranks: --sampler auto gives it to a cluster's generators"
             )
         if distinct:
             raise ValueError(NOT_DISTINCT)
-        if quantize != "none":
+        if settings.quantize != "none":
             raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
         if not find_spec("vllm"):
             raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
-    return sampler
+    return settings.sampler
 
 
 def make_sampler(

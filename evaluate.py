@@ -233,7 +233,7 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
     else:
         problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
     device = pick_device(config.device)
-    engine = pick_sampler(config.sampler, device, config.quantize, config.search == "mcts" and config.distinct)
+    engine = pick_sampler(config, device, config.search == "mcts" and config.distinct)
     folder, base = locate(config.model)
     tokenizer = read_tokenizer(folder, base)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)

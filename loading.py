@@ -135,6 +135,11 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def adapter_rank(folder: str, base: str) -> int:
+    """The rank of the adapter that `locate` has found, 0 if there is none."""
+    return read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
+
+
 def keep_packing(lm: torch.nn.Module) -> None:
     """On CPUs with bf16 instructions bitsandbytes 0.50 packs 4-bit weights anew in the first pass without gradients,
     for a kernel that has no backward pass: training fails, or loses gradients in silence. Here they stay."""

@@ -17,7 +17,6 @@ from bisect import bisect
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,11 +24,10 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cache import BLOCK
-from checks import read_json
 from config import Config
 from countdown import Problem
 from engines import MAX_SEQUENCES, pick_sampler
-from loading import locate, read_model_config, read_tokenizer
+from loading import adapter_rank, locate, read_model_config, read_tokenizer
 from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, encode
 from sampling import DRAW_CHUNK, KEPT, check_context, context_of
 
@@ -240,7 +238,7 @@ def plan(config: Config, device: str) -> Plan:
     """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. Where the choice of
     sampler is open and vLLM does not fit, it is torch. ValueError, one line, if nothing fits. On a CPU without
     --gpu-memory nothing is estimated."""
-    engine = pick_sampler(config.sampler, device, config.quantize, config.search == "mcts" and config.tree.distinct)
+    engine = pick_sampler(config, device, config.search == "mcts" and config.tree.distinct)
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
     check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
@@ -248,7 +246,7 @@ def plan(config: Config, device: str) -> Plan:
         return Plan(engine, longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
     free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
     budget = min(config.gpu_memory or free, free)
-    adapter = read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
+    adapter = adapter_rank(folder, base)
     sizes = read_sizes(folder, base)
     for sampler in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
         costs = Costs(config, sizes, longest, sampler, adapter)

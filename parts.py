@@ -49,7 +49,11 @@ class Parts:
             peaks = [group["peak"] for group in self.optimizer.param_groups]
             self.policy.load_weights(run.restored)
             self.policy.version = state["step"]
-            self.optimizer.load_state_dict(read_tensors(run.restored / "optimizer.pt"))
+            saved = read_tensors(run.restored / "optimizer.pt")
+            if all(("exp_avg" in kept) == (self.config.optimizer == "adamw") for kept in saved["state"].values()):
+                self.optimizer.load_state_dict(saved)
+            else:
+                print("note: the checkpoint's optimiser was of another kind: this one starts anew")
             for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
                 group["peak"] = peak
             if (run.restored / "random.pt").exists():  # not in an earlier version's

@@ -226,17 +226,22 @@ class Policy(nn.Module):
         save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
 
     def load_weights(self, folder: Path) -> None:
-        """Trained weights from `save`, into a policy made with the same settings; the reference stays as it is."""
-        if self.lora:
-            from peft import set_peft_model_state_dict
+        """Trained weights from `save`, into a policy made with the same settings; the reference stays as it is.
+        ValueError for weights of other settings."""
+        try:
+            if self.lora:
+                from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.lm, read_tensors(folder / "adapter_model.safetensors"))
-        else:
-            missing, unexpected = self.lm.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
-            if unexpected or set(missing) - {"lm_head.weight"}:
-                raise ValueError(f"{folder}: weights do not fit the model ({[*missing, *unexpected][:3]} …)")
-            self.lm.tie_weights()
-        self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
+                set_peft_model_state_dict(self.lm, read_tensors(folder / "adapter_model.safetensors"))
+            else:
+                missing, unexpected = self.lm.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
+                if unexpected or set(missing) - {"lm_head.weight"}:
+                    raise RuntimeError(f"{[*missing, *unexpected][:3]} …")
+                self.lm.tie_weights()
+            self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
+        except RuntimeError as error:
+            told = " ".join(str(error).split())[:120]
+            raise ValueError(f"{folder}: weights do not fit the model: go on with its own settings ({told})") from None
 
 
 def read_tensors(file: Path) -> dict:

@@ -101,6 +101,8 @@ def train(config: Config, collect: Callable[..., Collected], resume: bool = Fals
     bar = tqdm(total=100, desc=config.search, bar_format=BAR)
     with bar, runs.Run(config.folder, config, resume) as run:
         state = parts.load(run)
+        if run.restored:
+            run.write_config()
         ranks.synchronize(policy, optimizer)
         state["progress"] = progress(state, config)
         bar.n = bar.initial = int(100 * state["progress"])

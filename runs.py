@@ -149,11 +149,16 @@ class Run:
 
         if not resume:
             check_unused(self.folder)
-        self.settings = fingerprint(settings)
+        self.settings = settings
         self.restored, self.state = self._restore() if resume else (None, {})
-        made = read_settings(self.folder).get("provenance") if self.restored else provenance()
-        write(self.folder / "config.json", json.dumps(settings | {"provenance": made}, indent=1, default=str))
+        if not self.restored:
+            self.write_config()
         self.board = SummaryWriter(str(self.folder), purge_step=self.state.get("step", -1) + 1 if resume else None)
+
+    def write_config(self) -> None:
+        """The settings and what they run on; of a run that goes on, once its checkpoint has been read with them."""
+        made = read_settings(self.folder).get("provenance") if self.restored else provenance()
+        write(self.folder / "config.json", json.dumps(self.settings | {"provenance": made}, indent=1, default=str))
 
     def __enter__(self) -> "Run":
         return self
@@ -180,7 +185,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             save(folder)
-            (folder / "state.json").write_text(json.dumps(state | {"settings": self.settings}))
+            (folder / "state.json").write_text(json.dumps(state | {"settings": fingerprint(self.settings)}))
 
         self.publish("checkpoint", fill)
 
@@ -214,7 +219,7 @@ class Run:
         if folder is None:
             print(f"{self.folder} has no checkpoint yet: from the start")
         state = json.loads((folder / "state.json").read_text()) if folder else {}
-        if state.pop("settings", self.settings) != self.settings:
+        if state.pop("settings", known := fingerprint(self.settings)) != known:
             print(f"note: {folder} was written with other settings")
         kept = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
         write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -358,8 +363,10 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file or folder to the disk. On Windows only what is open for writing can be, so no folder."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -318,22 +318,54 @@ def test_a_run_killed_in_its_final_test_does_that_test_only(toy, tiny_config, mo
     assert history(config.folder) == whole
 
 
-def test_forced_settings_hold_after_a_resume(toy, tiny_config):
+@pytest.fixture
+def interrupted(toy, tiny_config):
+    """A run of two steps that was interrupted in its second; settings -> its configuration."""
+
+    def run(**settings):
+        config = tiny_config(search="none", tokens=0, steps=2, checkpoints=2, **settings)
+
+        def collect(policy, sampler, problems, config, rng):
+            if policy.version == 1:
+                raise KeyboardInterrupt
+            return collect_samples(policy, sampler, problems, config, rng)
+
+        with pytest.raises(KeyboardInterrupt):
+            train(config, collect)
+        return config
+
+    return run
+
+
+def force(config, options):
+    """Go on with a run with other settings."""
+    train(parse(["--resume", str(config.folder), *options.split(), "--force"], "none")[0], collect_samples, resume=True)
+
+
+def test_forced_settings_hold_after_a_resume(interrupted):
     """Prevents --learning-rate from being overruled by what the optimiser's checkpoint remembers."""
-    config = tiny_config(search="none", tokens=0, steps=2, checkpoints=2)
-
-    def interrupted(policy, sampler, problems, config, rng):
-        if policy.version == 1:
-            raise KeyboardInterrupt
-        return collect_samples(policy, sampler, problems, config, rng)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, interrupted)
+    config = interrupted()
     kept = weights(config.folder / "checkpoint")
-    args = ["--resume", str(config.folder), "--learning-rate", "0", "--value-learning-rate", "0", "--force"]
-    train(parse(args, "none")[0], collect_samples, resume=True)
+    force(config, "--learning-rate 0 --value-learning-rate 0")
     assert_close(weights(config.folder / "policy"), kept, atol=0, rtol=0)
     assert parse(["--resume", str(config.folder)], "none")[0].learning_rate == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "paged-adamw8bit"), ("paged-adamw8bit", "adamw")])
+def test_another_optimiser_starts_anew(interrupted, capsys, before, after):
+    """Prevents one that takes another's state and fails in its first update."""
+    config = interrupted(optimizer=before)
+    force(config, f"--optimizer {after}")
+    assert runs.finished(config.folder) and "optimiser was of another kind" in capsys.readouterr().out
+
+
+def test_settings_that_the_checkpoint_does_not_fit_are_not_kept(interrupted):
+    """Prevents a traceback for another --lora-rank, and a run that then can't go on with its own either."""
+    config = interrupted(lora_rank=2)
+    with pytest.raises(ValueError, match="weights do not fit the model: go on with its own settings"):
+        force(config, "--lora-rank 4")
+    assert parse(["--resume", str(config.folder)], "none")[0].lora_rank == 2
+    force(config, "--learning-rate 0")
 
 
 def test_evaluations_and_checkpoints_are_evenly_spaced_along_the_budget():

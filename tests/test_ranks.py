@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import ppo
 import ranks
+from config import Config
 from engines import pick_sampler
 from policy import read_tensors
 from runs import read_metrics
@@ -76,11 +78,13 @@ def test_figures_of_two_ranks_are_those_of_one(monkeypatch):
 def test_vllm_is_left_to_generators(monkeypatch):
     """Prevents vLLM's process groups in the trainer's: both are the process's only ones."""
     monkeypatch.setattr("engines.find_spec", lambda name: True)
-    assert pick_sampler("auto", "cuda") == "vllm"
+    monkeypatch.setattr("engines.serves", lambda *_: True)
+    auto, torch, vllm = (replace(Config(), sampler=sampler) for sampler in ("auto", "torch", "vllm"))
+    assert pick_sampler(auto, "cuda", False) == "vllm"
     together(monkeypatch, 2, 0)
-    assert pick_sampler("auto", "cuda") == pick_sampler("torch", "cuda") == "torch"
+    assert pick_sampler(auto, "cuda", False) == pick_sampler(torch, "cuda", False) == "torch"
     with pytest.raises(ValueError, match="vLLM can't run beside torchrun's ranks"):
-        pick_sampler("vllm", "cuda")
+        pick_sampler(vllm, "cuda", False)
 
 
 def test_two_processes_go_on_like_one(tiny_config, tmp_path):

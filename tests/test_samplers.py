@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from loading import TINY, load_policy
 from mcts import SearchConfig
 from policy import Policy
 from runs import read_metrics
-from sampling import STEP_END, Sampler, TorchSampler, complete
+from sampling import STEP_END, Sampler, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
 GB = 2**30
@@ -268,24 +269,28 @@ def test_old_adapters_are_thrown_away(engine):
 # ------------------------------------------------------------------------------------------------ engines
 
 
-def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch):
-    """Prevents vLLM as a surprise on a CPU, and a traceback where it isn't installed."""
-    assert pick_sampler("auto", "cpu") == pick_sampler("torch", "cuda") == "torch"
+def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
+    """Prevents vLLM as a surprise on a CPU, an engine that starts to refuse the weights that it is to serve, and a
+    traceback where it isn't installed."""
+
+    def picked(sampler, device, distinct=False, **settings):
+        settings = dict(model=str(qwen), dtype="bfloat16", quantize="none", lora_rank=8) | settings
+        return pick_sampler(SimpleNamespace(sampler=sampler, **settings), device, distinct)
+
+    assert picked("auto", "cpu") == picked("torch", "cuda") == "torch"
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    assert pick_sampler("auto", "cuda") == "torch"
+    assert picked("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
-        pick_sampler("vllm", "cpu")
+        picked("vllm", "cpu")
     monkeypatch.setattr(engines, "find_spec", lambda name: name)
-    assert pick_sampler("auto", "cuda:0") == pick_sampler("vllm", "cpu") == "vllm"
-    assert pick_sampler("auto", "cpu") == pick_sampler("auto", "cuda", "nf4") == "torch"
-    assert pick_sampler("auto", "cuda", distinct=True) == "torch"
+    assert picked("auto", "cuda:0") == picked("vllm", "cpu") == "vllm"
+    assert picked("auto", "cuda", dtype="float32", lora_rank=0) == "vllm"
+    assert picked("auto", "cpu") == picked("auto", "cuda", quantize="nf4") == "torch"
+    assert picked("auto", "cuda", distinct=True) == "torch"
+    assert picked("auto", "cuda", dtype="float32") == picked("auto", "cuda", lora_rank=513) == "torch"
+    assert picked("auto", "cuda", model=str(TINY), lora_rank=0) == "torch"  # its tokenizer is read in another way
     with pytest.raises(ValueError, match="does not serve NF4"):
-        pick_sampler("vllm", "cuda", "nf4")
-
-
-def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
-    """Prevents a name that is picked and then not made."""
-    assert isinstance(make_sampler(pick_sampler("auto", "cpu"), policy, 64, 8, 99, 0.1, 0), TorchSampler)
+        picked("vllm", "cuda", quantize="nf4")
 
 
 @pytest.mark.parametrize("engine", EACH)
