@@ -81,11 +81,15 @@ def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         return
     policy.set_weights(broadcast(policy.trained_weights()))
     saved = optimizer.state_dict()
-    saved["state"] = {
-        key: {name: part.cpu() if torch.is_tensor(part) else part for name, part in state.items()}
-        for key, state in saved["state"].items()
-    }
+    saved["state"] = on_cpu(saved["state"])
     optimizer.load_state_dict(broadcast(saved))
+
+
+def on_cpu(state):
+    """An optimiser's state, with its tensors on the CPU; bitsandbytes keeps them a level deeper than torch."""
+    if isinstance(state, dict):
+        return {key: on_cpu(part) for key, part in state.items()}
+    return state.cpu() if torch.is_tensor(state) else state
 
 
 def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[str, float]:
