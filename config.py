@@ -19,7 +19,8 @@ from mcts import SearchConfig
 
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
-READ_BY = {"--tree.": METHODS[:1], "--samples": METHODS[2:]}  # options that the other methods have no use for
+# options that the other methods have no use for
+READ_BY = {"--tree.": METHODS[:1], "--samples": METHODS[2:], "--min-p": METHODS[2:]}
 EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 # where and how, not what
@@ -53,6 +54,9 @@ class Config:
     # collecting
     problems: int = 16  # problems a step
     samples: int = 16  # completions a problem: best-of-n, cispo, grpo
+    # above 0 they are drawn without replacement, at most so many: those less likely, token by token, than this share of
+    # the likeliest are not (--tree.min-p in whole completions)
+    min_p: float = 0.0
     temperature: float = 1.0  # of sampling, and of log pi in the loss, so that the ratio is one of like with like
     max_tokens: int = 64  # of a completion
     distill: str = "best-path"  # what a tree teaches, best-path (the post) or another of distill.py
@@ -133,7 +137,8 @@ class Config:
         check(self, "at least", 1, "test_problems test_samples micro_batch_tokens checkpoints patience")
         check(self, "at least", 0, "tokens steps lora_rank warmup evaluations dump_trees gpu_memory")
         check(self, "at least", 0, "kl_coefficient value_coefficient learning_rate value_learning_rate gae_lambda")
-        check(self, "at most", 1, "gae_lambda")
+        check(self, "at least", 0, "min_p")
+        check(self, "at most", 1, "gae_lambda min_p")
         check(self, "above", 0, "temperature eval_temperature clip_gradient clip_high clip_ppo importance_cap")
         check(self, "above", 0, "max_disagreement max_kl")
         check_cluster(self)
@@ -157,6 +162,11 @@ class Config:
     def search_config(self) -> SearchConfig:
         """The tree's settings with the run's temperature and token cap."""
         return replace(self.tree, temperature=self.temperature, max_tokens=self.max_tokens)
+
+    @property
+    def distinct(self) -> bool:
+        """Whether what is drawn from a prefix is drawn without replacement."""
+        return self.tree.distinct if self.search == "mcts" else self.min_p > 0
 
     @property
     def drawn_tokens(self) -> int:

@@ -18,7 +18,7 @@ from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_conte
 MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
 COLDEST = 0.01  # what vLLM makes, with a warning, of a temperature below it
-NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out distinct"
+NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out distinct and min-p"
 
 
 class VLLMSampler:

@@ -238,7 +238,7 @@ def plan(config: Config, device: str) -> Plan:
     """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. Where the choice of
     sampler is open and vLLM does not fit, it is torch. ValueError, one line, if nothing fits. On a CPU without
     --gpu-memory nothing is estimated."""
-    engine = pick_sampler(config, device, config.search == "mcts" and config.tree.distinct)
+    engine = pick_sampler(config, device, config.distinct)
     folder, base = locate(config.model)
     longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
     check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)

@@ -35,7 +35,7 @@ from loading import pick_device
 from mcts import search
 from parts import draw, prepare, record
 from policy import Policy
-from sampling import Sampler, Trajectory, Usage, complete
+from sampling import Distinct, Sampler, Trajectory, Usage, complete
 
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 
@@ -83,7 +83,9 @@ def collect_samples(policy: Policy, sampler: Sampler, problems: list[Problem], c
 def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple[list[list[Trajectory]], Usage]:
     """`n` graded completions of each problem, as the run's settings say."""
     seeds, grade = rng.integers(2**63, size=len(problems)).tolist(), grader(policy, config)
-    return complete(policy, sampler, problems, n, seeds, config.max_tokens, config.temperature, config.search, grade)
+    distinct = Distinct(config.min_p) if config.min_p else None
+    shared = config.max_tokens, config.temperature, config.search, grade, distinct
+    return complete(policy, sampler, problems, n, seeds, *shared)
 
 
 def grader(policy: Policy, config: Config) -> Callable[[Problem, list[int]], Reward]:

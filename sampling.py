@@ -351,12 +351,13 @@ def complete(
     temperature: float,
     source: str,
     grade: Callable[[Problem, list[int]], Reward] | None = None,
+    distinct: Distinct | None = None,
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """`n` whole completions of each problem, graded by `grade` or else by the strict verifier: plain sampling, groups,
-    best-of-N and evaluation use it."""
+    """`n` whole completions of each problem (`distinct`: at most n), graded by `grade` or else by the strict verifier:
+    plain sampling, groups, best-of-N and evaluation use it."""
     grade = grade or policy.grade
     prompts = [policy.encode(problem) for problem in problems]
-    rows, usage = sampler.sample(prompts, n, seeds, max_tokens, temperature, stop_at_step=False)
+    rows, usage = sampler.sample(prompts, n, seeds, max_tokens, temperature, stop_at_step=False, distinct=distinct)
     return [
         [
             Trajectory(problem, start, s.tokens, s.logprobs, grade(problem, s.tokens), policy.version, source)

@@ -46,6 +46,7 @@ METHODS = {
 RATES = ("1e-4", "3e-4", "1e-3")  # the last destroys the policy
 SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (32, 2), (4, 8))}
 SAMPLED["16x4-exact"] = SAMPLED["16x4"] + " --reward exact"
+DISTINCT_SAMPLES = SAMPLED["16x4-exact"] + " --min-p 0.3"  # as the search's steps, in whole answers and without a tree
 TREES = "--reward {} {} --tree.children {} --problems {} --tree.simulations {}"
 INDEPENDENT, DISTINCT = "--tree.no-distinct --tree.min-p 0", "--tree.distinct --tree.min-p "
 STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x simulations
@@ -60,7 +61,7 @@ STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x si
         },
         "k4-p0.3-16x32-exact": TREES.format("exact", DISTINCT + "0.3", 4, 16, 32),
     },
-    "best-of-n": SAMPLED,
+    "best-of-n": SAMPLED | {"16x4-p0.3-exact": DISTINCT_SAMPLES},
     "cispo": SAMPLED,
     "none": {
         **{f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
@@ -71,7 +72,7 @@ AT_ALL_RATES = {"k2-12x32", "k4-4x64", "4x16", "8x8", "64x1", "16x1"}
 AT_TWO_RATES = {"k2-24x32", "k2-6x32", "16x4", "4x8", "128x1", "32x1"}  # other steps at their method's best alone
 SWEEP = {  # besides what stage compare has
     "mcts": ("k2-12x32", "k4-4x64", "k4-p0.3-16x32"),
-    "best-of-n": ("4x16", "8x8"),
+    "best-of-n": ("4x16", "8x8", "16x4-p0.3-exact"),
     "cispo": ("4x16", "8x8"),
     "none": ("64x1",),
 }
@@ -81,6 +82,7 @@ RIVALS = {  # what they might gain from, beside what is tuned
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
     "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
     "colder": ("--temperature 0.7", ("best-of-n", "cispo", "none")),
+    "p0.3-exact": ("--min-p 0.3 --reward exact", ("cispo",)),
     "16x2": ("--problems 16 --samples 2", ("best-of-n", "cispo")),
     "8x4": ("--problems 8 --samples 4", ("best-of-n", "cispo")),
     "rlvr-16x4": (RLVR, ("cispo",)),

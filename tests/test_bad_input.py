@@ -101,6 +101,9 @@ baselines.py --method best-of-n --samples 0             | samples must be at lea
 baselines.py --method best-of-n --dump-trees 1          | best-of-n makes none
 baselines.py --method cispo --tree.simulations 8        | cispo has no use for --tree.simulations
 ppo.py --search none --samples=64                       | none has no use for --samples: leave it out
+ppo.py --min-p 0.3                                      | mcts has no use for --min-p
+baselines.py --method cispo --min-p 1.5                 | min_p must be at most 1
+baselines.py --method cispo --min-p 0.3 --sampler vllm  | vLLM does not draw steps without replacement
 ppo.py --samples 64                                     | mcts has no use for --samples
 evaluate.py --search beam                               | search must be one of none, mcts, best-of-n, not 'beam'
 evaluate.py --sampler sglang                            | sampler must be one of

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import baselines
 from baselines import collect_best_of_n, collect_groups
 from distill import group_advantages
+from sampling import TorchSampler
 
 REWARDS = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16)
 
@@ -79,6 +80,17 @@ def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, a
     sampled = pytest.approx((sum(rewards) - 0.9 * 39) / 52)
     assert info == {"sample_reward": sampled, "parsed": pytest.approx(parsed), "solved": 0.25}
     assert usage.prefilled == sum(len(policy.encode(p)) for p in problems)
+
+
+@pytest.mark.parametrize(("min_p", "fewest", "most"), [(0.0, 1, 6), (1e-30, 6, 6), (1.0, 1, 1)])
+def test_distinct_samples_are_those_that_min_p_leaves(moved, problems, tiny_config, min_p, fewest, most):
+    """Prevents samples that are paid for twice where --min-p asks for different ones, and unlikely ones among them."""
+    config, sampler = tiny_config(search="best-of-n", min_p=min_p), TorchSampler(moved)
+    rows, _ = baselines.sample_rows(moved, sampler, problems, 6, config, np.random.default_rng(0))
+    for row in rows:
+        assert fewest <= len({tuple(t.completion) for t in row}) <= most
+        assert len(row) == (6 if min_p < 1 else 1)
+    assert config.distinct == (min_p > 0)
 
 
 # ------------------------------------------------------------------------------------------------ command line
