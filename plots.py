@@ -67,7 +67,8 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
         other = [
             named(key.split(".")[-1], told[key])
             for key in usual
-            if key != "seed" and key in varied and (key == "preset" or told[key] != usual[key])
+            if key in varied - {"seed"} and (key == "preset" or told[key] != usual[key])
+            if key != "tree.min_p" or told["tree.distinct"]  # of distinct steps alone
         ]
         found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
     for name, some in found.items():
