@@ -62,7 +62,7 @@ STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x si
         "k4-p0.3-16x32-exact": TREES.format("exact", DISTINCT + "0.3", 4, 16, 32),
     },
     "best-of-n": SAMPLED | {"16x4-p0.3-exact": DISTINCT_SAMPLES},
-    "cispo": SAMPLED,
+    "cispo": SAMPLED | {"16x4-p0.3-exact": DISTINCT_SAMPLES},
     "none": {
         **{f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
         "16x1-exact": "--problems 16 --reward exact",
@@ -73,7 +73,7 @@ AT_TWO_RATES = {"k2-24x32", "k2-6x32", "16x4", "4x8", "128x1", "32x1"}  # other 
 SWEEP = {  # besides what stage compare has
     "mcts": ("k2-12x32", "k4-4x64", "k4-p0.3-16x32"),
     "best-of-n": ("4x16", "8x8", "16x4-p0.3-exact"),
-    "cispo": ("4x16", "8x8"),
+    "cispo": ("4x16", "8x8", "16x4-p0.3-exact"),
     "none": ("64x1",),
 }
 TARGETS = {lesson: f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"}
@@ -82,7 +82,6 @@ RIVALS = {  # what they might gain from, beside what is tuned
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
     "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
     "colder": ("--temperature 0.7", ("best-of-n", "cispo", "none")),
-    "p0.3-exact": ("--min-p 0.3 --reward exact", ("cispo",)),
     "16x2": ("--problems 16 --samples 2", ("best-of-n", "cispo")),
     "8x4": ("--problems 8 --samples 4", ("best-of-n", "cispo")),
     "rlvr-16x4": (RLVR, ("cispo",)),
