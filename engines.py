@@ -44,10 +44,8 @@ class VLLMSampler:
         self.adapter, self.adapters = None, tempfile.TemporaryDirectory(prefix="adapters-")
         self.asleep = False
         lora = policy.lm.peft_config["default"].r if policy.lora else 0
-        if lora and self.on_gpu and policy.base.dtype == torch.float32:
-            raise ValueError("vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch")
-        if lora > LORA_RANKS[-1]:
-            raise ValueError(f"vLLM's adapters end at rank {LORA_RANKS[-1]}: pass --sampler torch")
+        if why := refusal(lora, self.on_gpu and policy.base.dtype == torch.float32):
+            raise ValueError(why)
         self.llm = vllm.LLM(
             model=policy.base.name_or_path,
             tokenizer=policy.tokenizer.name_or_path,
@@ -147,6 +145,15 @@ class VLLMSampler:
         return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
 
 
+def refusal(lora_rank: int, on_gpu_in_fp32: bool) -> str:
+    """Why vLLM does not serve an adapter of this rank (0: there is none), or nothing."""
+    if lora_rank and on_gpu_in_fp32:
+        return "vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch"
+    if lora_rank > LORA_RANKS[-1]:
+        return f"vLLM's adapters end at rank {LORA_RANKS[-1]}: pass --sampler torch"
+    return ""
+
+
 def read_alike(ours, theirs) -> bool:
     """Whether two tokenizers read the same tokens alike: vLLM finds </step> in its own decoding."""
     tokens = ours("<step> 1 + 2 = 3 </step>")["input_ids"]
@@ -157,7 +164,7 @@ def serves(model: str, dtype: str, lora_rank: int) -> bool:
     """Whether vLLM serves a model's tokenizer and adapter on a GPU."""
     folder, base = locate(model)
     rank, tokenizer = adapter_rank(folder, base) or lora_rank, read_tokenizer(folder, base)
-    if rank > LORA_RANKS[-1] or (rank and dtype == "float32"):
+    if refusal(rank, dtype == "float32"):
         return False
     return read_alike(tokenizer, AutoTokenizer.from_pretrained(tokenizer.name_or_path))
 

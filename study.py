@@ -7,7 +7,7 @@
     python study.py rivals     # what the other methods might gain from: wrong answers too, colder samples …, validation
     python study.py ablate     # one choice of the search changed at a time, on the test problems, three seeds
     python study.py cold       # their policies on the test problems again, at the post's temperature
-    python study.py fresh      # compare, and best-of-4 of distinct answers, on 820 test problems that decided nothing
+    python study.py fresh      # compare, and distinct whole answers, on 820 test problems that decided nothing
     python study.py search     # search at test time against best-of-N, before and after distillation
     python study.py chat       # on a GPU: SmolLM2-135M after scripts/warm_up.py, four methods, two rates (--jobs 1)
 
@@ -190,8 +190,8 @@ def cold(config: StudyConfig) -> Jobs:
 def fresh(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --skip 820"
     for stage in compare, samples:
-        for name, _ in stage(config):
-            if stage is compare or "16x4-p0.3-exact" in name:
+        for name, command in stage(config):
+            if stage is compare or DISTINCT_SAMPLES in command:
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --skip 820"
 
 

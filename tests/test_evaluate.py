@@ -123,7 +123,7 @@ def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, prob
     """Prevents a search whose best answer is lost, or charged to another problem."""
     monkeypatch.setattr(module, "CHUNK", 1)
     sampler = writer(("<answer> 2 + 3 </answer>", 0.3), ("<answer> 3 </answer>", 0.7))
-    config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64, until_right=True)
+    config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64)
     score = evaluate_search(policy, sampler, problems[:2], method, config)
     assert (score.problems, score.samples, score.mean_at_k) == (2, 1, 0.5)
     assert score.reward == pytest.approx((1 + 1 - 2 * 20 / 25) / 2)

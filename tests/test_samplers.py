@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import engines
 import ppo
+from config import Config
 from countdown import Problem
 from engines import VLLMSampler, make_sampler, pick_sampler
 from learner import make_optimizer, right_align, update
@@ -22,7 +23,7 @@ from loading import TINY, load_policy
 from mcts import SearchConfig
 from policy import Policy
 from runs import read_metrics
-from sampling import STEP_END, Sampler, complete
+from sampling import STEP_END, Sampler, TorchSampler, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
 GB = 2**30
@@ -291,6 +292,11 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
     assert picked("auto", "cuda", model=str(TINY), lora_rank=0) == "torch"  # its tokenizer is read in another way
     with pytest.raises(ValueError, match="does not serve NF4"):
         picked("vllm", "cuda", quantize="nf4")
+
+
+def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
+    """Prevents a name that is picked and then not made."""
+    assert isinstance(make_sampler(pick_sampler(Config(), "cpu", False), policy, 64, 8, 99, 0.1, 0), TorchSampler)
 
 
 @pytest.mark.parametrize("engine", EACH)
