@@ -31,6 +31,8 @@ from policy import Policy, encode
 from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
+OF_TREES = "simulations children distinct min_p prior workers"
+UNREAD = {"none": f"budget {OF_TREES}", "best-of-n": f"samples {OF_TREES}", "mcts": "samples"}  # by a search
 
 
 def bootstrap(per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -211,6 +213,11 @@ class EvaluateConfig:
         check(self, "at least", 0, "kept skip")
         check(self, "above", 0, "cache_gb")
         self.tree(self.budget[0])
+        unread = dict.fromkeys(UNREAD[self.search].split(), f"--search {self.search}")
+        unread |= dict.fromkeys(("problems", "skip", "size") if self.data else (), "--data")
+        for name, option in unread.items():
+            if getattr(self, name) != getattr(EvaluateConfig, name):
+                raise ValueError(f"{option} has no use for --{name.replace('_', '-')}: leave it out")
         if self.out:
             check_writable(self.out)
 

@@ -128,6 +128,10 @@ evaluate.py --cache-gb 0                                | cache_gb must be above
 evaluate.py --seed -1                                   | seed must be from 0
 evaluate.py --out models                                | models is a folder: name a file
 evaluate.py --out /proc/result.json                     | /proc/result.json can't be written
+evaluate.py --budget 64                                 | --search none has no use for --budget: leave it out
+evaluate.py --search best-of-n --distinct               | --search best-of-n has no use for --distinct
+evaluate.py --search mcts --samples 4                   | --search mcts has no use for --samples: leave it out
+evaluate.py --data empty.jsonl --skip 820               | --data has no use for --skip: leave it out
 evaluate.py --data nowhere.jsonl                        | nowhere.jsonl
 evaluate.py --data models                               | models
 evaluate.py --data empty.jsonl                          | empty.jsonl is empty: it holds no problem

@@ -187,10 +187,11 @@ def test_command_line_prints_and_writes_a_result_for_each_budget(
     budget that is left out."""
     data, out = tmp_path / "problems.jsonl", tmp_path / "result.json"
     data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3)
-    options = ("--search", search, "--data", data, "--samples", 2, "--budget", 40, 800, "--out", out)
-    command(monkeypatch, checkpoint, *options, *more.split())
+    own = ("--samples", 2) if search == "none" else ("--budget", 40, 800)
+    command(monkeypatch, checkpoint, "--search", search, "--data", data, "--out", out, *own, *more.split())
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert (result["search"], result["max_tokens"], result["budget"]) == (search, 8, [40, 800])
+    assert (result["search"], result["max_tokens"]) == (search, 8)
+    assert result["budget"] == ([1024] if search == "none" else [40, 800])
     assert (result["problems"], result["size"]) == (3, None)
     assert {"torch", "commit"} <= result["provenance"].keys()
     assert len(result["scores"]) == (1 if search == "none" else 2)
