@@ -1,4 +1,4 @@
-"""Figures and tables from run folders."""
+"""Tests of plots.py and tables.py: figures and tables from run folders."""
 
 import json
 from itertools import combinations
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import plots
+import tables
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
 
 def test_table_takes_first_and_last_test_score(folders):
     """The README's table must show the score before and after, not two of the same."""
-    header, _, first, second = plots.results_table(folders).splitlines()
+    header, _, first, second = tables.results_table(folders).splitlines()
     assert header.startswith("| method | seed |")
     assert (
         "| mcts | 0 | 10.0% [10.0%, 10.0%] | **20.0% [20.0%, 20.0%]** | 10.0% → 20.0% | 0.00 M | 4 | 2.0 min |" == first
@@ -61,7 +62,7 @@ def test_table_takes_first_and_last_test_score(folders):
     assert "**40.0% [40.0%, 40.0%]**" in second
     metrics = folders[0] / "metrics.jsonl"
     metrics.write_text(metrics.read_text().partition("\n")[2])  # a run without a test before training
-    assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in plots.results_table(folders[:1])
+    assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in tables.results_table(folders[:1])
 
 
 @pytest.mark.parametrize(("seeds", "rivals"), [(3, 0), (5, 0), (5, 3), (1, 5)])
@@ -76,7 +77,7 @@ def test_95_per_cent_intervals_hold_the_truth_in_95_per_cent_of_studies(seeds, r
             return 0.1 + problems + rng.normal(0, 0.02, (n, 1)) + rng.normal(0, 0.1, (n, 200))
 
         scores, rival = runs_of(seeds), runs_of(rivals) if rivals else None
-        _, low, high = plots.pooled(scores, rival)
+        _, low, high = tables.pooled(scores, rival)
         inside += low <= (0.0 if rivals else 0.1) <= high
     assert 0.92 <= inside / studies <= 0.99
 
@@ -84,13 +85,13 @@ def test_95_per_cent_intervals_hold_the_truth_in_95_per_cent_of_studies(seeds, r
 def test_the_interval_of_one_seed_is_that_of_its_problems():
     """Prevents NaN, and an interval of nothing."""
     right = np.random.default_rng(1).integers(0, 17, (1, 400)) / 16
-    mean, low, high = plots.pooled(right)
+    mean, low, high = tables.pooled(right)
     assert mean == pytest.approx(right.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * right.std() / 20, rel=0.1)
 
 
 def finish(folder, right, **settings):
-    config, rows = plots.load(folder)
+    config, rows = tables.load(folder)
     (folder / "config.json").write_text(json.dumps(config | settings))
     rows[-1] |= {"test_right": right, "test_parsed": 0.5}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +100,7 @@ def finish(folder, right, **settings):
 def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_answer():
     """Prevents a biased estimate: of all subsets of k samples, those with a right one are counted."""
     right = np.array([[0, 1, 6, 2], [3, 3, 0, 5]])
-    found = plots.pass_at(right / 6, 6)
+    found = tables.pass_at(right / 6, 6)
     for k in range(1, 7):
         hits = [[any(i < count for i in some) for some in combinations(range(6), k)] for count in right.flat]
         assert found[:, k - 1] == pytest.approx(np.mean(hits, 1).reshape(2, 4).mean(1))
@@ -113,16 +114,16 @@ def test_a_summary_has_a_row_a_method(folders):
     """Prevents runs of two settings in one row as if they were seeds."""
     for i, folder in enumerate(folders):
         finish(folder, [16 * i, 8, 0, 8])
-    header, _, row = plots.summary_table(folders).splitlines()
+    header, _, row = tables.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
     assert row.endswith("| 0.00 M | 4 | – |")
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
-        plots.summary_table([*folders, folders[0]])
+        tables.summary_table([*folders, folders[0]])
     finish(folders[1], [16, 8, 0, 8], seed=0, preset="qwen1.5b")
-    assert list(plots.by_method(folders)) == ["mcts, preset qwen1.5b", "mcts, preset tiny"]
+    assert list(tables.by_method(folders)) == ["mcts, preset qwen1.5b", "mcts, preset tiny"]
     finish(folders[1], [16, 8, 0, 8], seed=1, preset="tiny")
     finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
-    _, other = plots.summary_table(folders).splitlines()[2:]
+    _, other = tables.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
 
 
@@ -132,10 +133,10 @@ def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     lines = (folders[1] / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
     stopped = json.dumps(json.loads(lines[-1]) | {"stopped": "collapsed"}) + "\n"
     (folders[1] / "metrics.jsonl").write_text("".join([*lines[:2], stopped]))
-    (row,) = plots.summary_table(folders).splitlines()[2:]
+    (row,) = tables.summary_table(folders).splitlines()[2:]
     assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
     (folders[1] / "config.json").write_text(json.dumps({"search": "mcts", "seed": 1, "distill": "steps"}))
-    _, row = plots.summary_table(folders).splitlines()[2:]
+    _, row = tables.summary_table(folders).splitlines()[2:]
     assert row == "| mcts, distill steps | 1 collapsed |" + " – |" * 7
 
 
@@ -157,12 +158,12 @@ def test_scores_of_another_test_are_not_subtracted(folders, other):
     which the training set has most; and a traceback about shapes."""
     finish(folders[0], [16, 8, 0, 8])
     finish(folders[1], [16, 8] * (1 if "test_problems" in other else 2), distill="steps", **other)
-    _, row = plots.summary_table(folders).splitlines()[2:]
+    _, row = tables.summary_table(folders).splitlines()[2:]
     assert "distill steps" in row and "%]** | – |" in row
     finish(
         folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820, eval_temperature=1.0
     )  # the defaults, written out
-    _, row = plots.summary_table(folders).splitlines()[2:]
+    _, row = tables.summary_table(folders).splitlines()[2:]
     assert "%]** | +0.0 [" in row
 
 
@@ -192,7 +193,7 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
         one = {"model": name, "search": "none", "children": 3, "samples": 4, "temperature": 0.2}
         (tmp_path / f"{name}.json").write_text(json.dumps(one | {"scores": [{"right": right, "samples": 4}]}))
     files = sorted(tmp_path.iterdir())
-    header, _, none, search, base = plots.scores_table(files).splitlines()
+    header, _, none, search, base = tables.scores_table(files).splitlines()
     assert "mean@4 at 0.2" in header
     assert none.startswith("| none | 1 | **100.0% [100.0%, 100.0%]** | +75.0 [") and none.endswith(
         " | 100.0% [100.0%, 100.0%] |"
@@ -205,7 +206,7 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     ):  # fmt: skip
         files[1].write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=f"{files[1]} .*{message}"):
-            plots.scores_table(files)
+            tables.scores_table(files)
 
 
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
@@ -216,14 +217,14 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     other.mkdir()
     for file in folders[0].iterdir():
         (other / file.name).write_text(file.read_text().replace('"mcts"', '"none"'))
-    assert list(plots.by_method([*folders, other])) == [
+    assert list(tables.by_method([*folders, other])) == [
         "mcts",
         "mcts, problems 20, failures",
         "none, problems 20, failures",
     ]
     finish(folders[0], [1, 2], samples=4, search="cispo", problems=16, failures=False)
     finish(folders[1], [1, 2], samples=8, search="cispo")
-    assert list(plots.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not Config's
+    assert list(tables.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not Config's
 
 
 def test_validation_scores_the_best_first(folders):
@@ -232,7 +233,7 @@ def test_validation_scores_the_best_first(folders):
     for row in lines:
         row |= {"eval_mean": 2 * row["eval_mean"]} if "eval_mean" in row else {}
     (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    header, _, first, second = plots.validation_table(folders).splitlines()
+    header, _, first, second = tables.validation_table(folders).splitlines()
     assert "mean@4" in header and first == "| mcts-1 | 1 | **80.0%** | 50.0% | +0.25 | 100% | 0.00 M |"
     assert second.startswith("| mcts-0 | 0 | **40.0%** |")
 
@@ -255,7 +256,7 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
 def test_a_config_of_no_run_is_named(folders, what, config):
     """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
     (folders[1] / "config.json").write_text(config)
-    draw = (plots.FIGURES | plots.TABLES)[what]
+    draw = (plots.FIGURES | tables.TABLES)[what]
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         draw(folders)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import plots
 import runs
+import tables
 from config import parse
 from evaluate import EvaluateConfig
 
@@ -24,7 +24,7 @@ def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
     found = [folder for glob in pattern.split() for folder in sorted(ROOT.glob(glob))]
     folders = found if what == "scores" else [folder for folder in found if runs.log_of(folder)]
-    assert folders and table == plots.TABLES[what](folders)
+    assert folders and table == tables.TABLES[what](folders)
 
 
 def test_no_table_is_passed_over():
@@ -44,7 +44,7 @@ def test_imports_only_point_down_the_list():
 @pytest.mark.parametrize("folder", RUNS, ids=lambda path: "/".join(path.parts[-2:]))
 def test_a_run_says_how_it_was_made(folder):
     """Prevents published numbers without seed, commit, versions and machine, and with uncommitted code."""
-    config, rows = plots.load(folder)
+    config, rows = tables.load(folder)
     made = config["provenance"]
     assert {"torch", "python", "machine", "commit"} <= set(made) and "seed" in config
     assert ("test_mean_at_k" in rows[-1] or "stopped" in rows[-1]) and rows == runs.read_metrics(folder)

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import plots
 import runs
 import study
+import tables
 from config import Config, parse
 from evaluate import EvaluateConfig
 from study import StudyConfig
@@ -131,7 +131,7 @@ def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
         assert capsys.readouterr().out == "mcts-seed1: done\n"
     assert len(programs[0]) == 1
     row = "| mcts-seed1 | 1 | collapsed | – | – | – | 0.00 M |"
-    assert row in plots.validation_table([tmp_path / "results/compare/mcts-seed1"])
+    assert row in tables.validation_table([tmp_path / "results/compare/mcts-seed1"])
 
 
 @pytest.mark.parametrize("where", ["runs", "results"])
