@@ -82,6 +82,8 @@ RIVALS = {  # what they might gain from, beside what is tuned
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
     "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
     "colder": ("--temperature 0.7", ("best-of-n", "cispo", "none")),
+    "distinct-dense": ("--min-p 0.3", ("best-of-n",)),
+    "distinct-all": ("--min-p 1e-9 --reward exact", ("best-of-n",)),  # nothing is left out
     "16x2": ("--problems 16 --samples 2", ("best-of-n", "cispo")),
     "8x4": ("--problems 8 --samples 4", ("best-of-n", "cispo")),
     "rlvr-16x4": (RLVR, ("cispo",)),

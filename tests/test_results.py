@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed logs."""
+"""The figures of the README and of docs/results.md are those of the committed logs."""
 
 import ast
 import re
@@ -14,13 +14,14 @@ from evaluate import EvaluateConfig
 ROOT = Path(__file__).parents[1]
 BLOCK = r"<!-- table: python plots\.py (table|summary|validation|scores) ([^>]+) -->\n(.*?)\n<!-- end -->"
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(BLOCK, README, re.S)
+TEXTS = README + (ROOT / "docs/results.md").read_text()
+BLOCKS = re.findall(BLOCK, TEXTS, re.S)
 IMPORT = ast.Import, ast.ImportFrom
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*"))
 
 
 @pytest.mark.parametrize(("what", "pattern", "table"), BLOCKS, ids=[f"{b[0]} {b[1]}" for b in BLOCKS])
-def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
+def test_a_table_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
     found = [folder for glob in pattern.split() for folder in sorted(ROOT.glob(glob))]
     folders = found if what == "scores" else [folder for folder in found if runs.log_of(folder)]
@@ -29,7 +30,7 @@ def test_a_table_of_the_readme_is_that_of_its_logs(what, pattern, table):
 
 def test_no_table_is_passed_over():
     """Prevents the test above from passing because a block is written in another way."""
-    assert len(BLOCKS) == README.count("<!-- table") > 0
+    assert len(BLOCKS) == TEXTS.count("<!-- table") > 0
 
 
 def test_imports_only_point_down_the_list():
