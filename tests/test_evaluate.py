@@ -95,10 +95,11 @@ def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems,
     """Prevents a rival that gets more tokens than the tree, or fewer than it could use, or that pays for samples after
     a right one."""
     sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("<answer> 2 </answer>", 0.3), ("", 0.2))
-    config, sample, seconds = SearchConfig(token_budget=budget), sampler.sample, []
+    config, sample, seconds = SearchConfig(token_budget=budget, temperature=0.7), sampler.sample, []
 
-    def timed(*args, **options):
-        found, used = sample(*args, **options)
+    def timed(prompts, n, seeds, max_tokens, temperature, **options):
+        assert temperature == 0.7
+        found, used = sample(prompts, n, seeds, max_tokens, temperature, **options)
         seconds.append(0.25)
         return found, replace(used, seconds=0.25)
 
@@ -112,7 +113,9 @@ def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems,
     assert budget < 90 or any(row[-1].reward.correct and tokens <= budget - 6 for row, tokens in zip(rows, spent))
     assert (usage.generated, usage.prefilled) == (sum(spent), sum(len(policy.encode(p)) for p in problems))
     assert usage.seconds == sum(seconds) > 0
-    shorter, _ = best_of_budget(policy, sampler, problems, SearchConfig(token_budget=max(1, budget // 2)), [1, 2, 3, 4])
+    shorter, _ = best_of_budget(
+        policy, sampler, problems, replace(config, token_budget=max(1, budget // 2)), [1, 2, 3, 4]
+    )
     assert [row[: len(short)] for row, short in zip(rows, shorter)] == shorter
     if budget == 90:  # more than one block of 8, and not the same one again
         assert any([t.completion for t in row[:8]] != [t.completion for t in row[8:16]] for row in rows)
@@ -223,6 +226,22 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     (tmp_path / "config.json").write_text('{"split": "post"}')
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)
+
+
+def test_what_is_measured_is_what_was_asked_for(checkpoint, monkeypatch):
+    """Prevents a seed, a temperature or a choice of problems that is read and not used."""
+    asked, score = [], Score.of([[WRONG]], Usage())
+    monkeypatch.setattr(module, "make_problems", lambda n, *_, **__: [Problem((1, 2), i + 1) for i in range(n)])
+    for name in ("evaluate", "evaluate_search"):
+        monkeypatch.setattr(module, name, lambda policy, sampler, *args: asked.append(args) or score)
+    options = ("--problems", 2, "--skip", 3, "--temperature", 0.5, "--seed", 7)
+    command(monkeypatch, checkpoint, *options, "--samples", 5)
+    command(monkeypatch, checkpoint, *options, "--search", "mcts", "--budget", 9)
+    chosen = [Problem((1, 2), 4), Problem((1, 2), 5)]
+    assert asked[0] == (chosen, 5, 0.5, 8, 7, True)
+    problems, method, tree, seed, _ = asked[1]
+    assert (problems, method, seed) == (chosen, "mcts", 7)
+    assert (tree.token_budget, tree.temperature, tree.max_tokens, tree.until_right) == (9, 0.5, 8, True)
 
 
 def test_a_result_outlives_its_reader(checkpoint, tmp_path, monkeypatch):
