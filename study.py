@@ -81,15 +81,11 @@ RLVR = "--failures --reward exact --kl-coefficient 0 --normalize token"  # what 
 RIVALS = {  # what they might gain from, beside what is tuned
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
     "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
-    "colder": ("--temperature 0.7", ("best-of-n", "cispo", "none")),
+    "colder": ("--temperature 0.7", ("best-of-n", "none")),
     "distinct-dense": ("--min-p 0.3", ("best-of-n",)),
     "distinct-all": ("--min-p 1e-9 --reward exact", ("best-of-n",)),  # nothing is left out
-    "16x2": ("--problems 16 --samples 2", ("best-of-n", "cispo")),
-    "8x4": ("--problems 8 --samples 4", ("best-of-n", "cispo")),
     "rlvr-16x4": (RLVR, ("cispo",)),
     "rlvr-8x8": (f"{RLVR} {SAMPLED['8x8']}", ("cispo",)),
-    "lr5e-5": ("--learning-rate 5e-5", ("none",)),
-    "lr2e-4": ("--learning-rate 2e-4", ("none",)),
 }
 ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is uniform
     "independent": INDEPENDENT,
