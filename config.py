@@ -149,8 +149,10 @@ class Config:
             raise ValueError("4-bit weights can't be trained: set lora_rank above 0, or quantize to none")
         if self.sampler == "vllm" and self.quantize != "none":
             raise ValueError("vLLM does not serve NF4 weights: set sampler to torch, or quantize to none")
-        if self.search in ("cispo", "grpo") and self.samples < 2:
-            raise ValueError(f"{self.search} compares the samples of a problem: samples must be at least 2")
+        if self.search in ("cispo", "grpo") and (self.samples < 2 or self.min_p == 1):  # which leaves one of them
+            raise ValueError(
+                f"{self.search} compares the samples of a problem: samples must be at least 2, min_p below 1"
+            )
         if self.search != "mcts" and (self.distill != "best-path" or self.dump_trees):
             raise ValueError(f"distill and dump_trees are about searched trees: {self.search} makes none")
         for name in "temperature", "max_tokens":
@@ -250,8 +252,11 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
+    if Path(given(args, "--out", "runs")) == Path():
+        runs.fail("--out names the run's folder, which is new: not the one that you are in")
     for arg in args:
-        if any(arg.startswith(option) and config.search not in methods for option, methods in READ_BY.items()):
+        option = arg.replace("_", "-")
+        if any(option.startswith(name) and config.search not in methods for name, methods in READ_BY.items()):
             runs.fail(f"{config.search} has no use for {arg.partition('=')[0]}: leave it out")
     check_writable(config.folder, folder=True)
     return config, False

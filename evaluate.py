@@ -235,6 +235,8 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
     if (most := run.get("max_tokens", 0)) > config.max_tokens:
         raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
+    if (size := run.get("size", config.size)) != config.size and not config.data:
+        raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
     if config.data:
         problems = read_problems(config.data)
     else:

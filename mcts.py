@@ -68,7 +68,7 @@ class SearchConfig:
         if self.selection == "gumbel" and self.token_budget:
             raise ValueError("sequential halving plans its simulations: gumbel takes no token_budget")
         if self.min_p and not self.distinct:
-            raise ValueError("min_p is for distinct steps: pass distinct too")
+            raise ValueError("min_p is for distinct steps: set distinct too, or min_p to 0")
 
     @property
     def drawn_tokens(self) -> int:

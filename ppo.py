@@ -228,10 +228,11 @@ def report(scores: dict[str, Score], state: dict, config: Config) -> str:
     lines = [f"\n{config.search} ({config.preset}, seed {config.seed}), {config.test_problems} held-out problems"]
     lines += [f"  {when:7s} {score.line()}" for when, score in scores.items()]
     minutes, trees = state["seconds"] / 60, " --children 8 --distinct --min-p 0.02" if config.tree.distinct else ""
+    best = "best/, " * (config.evaluations > 0)
     lines += [
         f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
         f"{state['valued']:,} read by the critic, {minutes:.1f} min",
-        f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, best/, policy/",
+        f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
     ]
     if config.split != "post":  # whose test problems it has seen
         lines.append(
@@ -253,6 +254,8 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     if not resume:
         runs.check_unused(config.folder)
     elif runs.finished(config.folder):
+        if "--force" in args:
+            runs.fail(f"{config.folder} is finished: a new run can start from its policy, --model {config.folder}")
         print(f"{config.folder} is finished: nothing is left to do")
         return
     if ranks.join(pick_device(config.device)):  # torchrun has started several processes, and this is not the first
@@ -268,7 +271,8 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
     except runs.Stopped as reason:
         raise runs.Stopped(f"{reason}; the last checkpoint is kept in {config.folder}") from None
     except KeyboardInterrupt:
-        print(f"\ninterrupted; to go on: python {Path(sys.argv[0]).name} --resume {config.folder}", file=sys.stderr)
+        if (config.folder / "config.json").exists():
+            print(f"\ninterrupted; to go on: python {Path(sys.argv[0]).name} --resume {config.folder}", file=sys.stderr)
         raise
 
 

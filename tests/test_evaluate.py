@@ -223,6 +223,9 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     for model in (tmp_path, tmp_path / "policy"):
         with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
             command(monkeypatch, model)
+    (tmp_path / "config.json").write_text('{"size": 3}')
+    with pytest.raises(ValueError, match="has learnt the game with 3 numbers: pass --size 3"):
+        command(monkeypatch, tmp_path)
     (tmp_path / "config.json").write_text('{"split": "post"}')
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)

@@ -302,7 +302,7 @@ def for_the_critic(items, *places):
 def test_what_teaches_the_critic_alone_does_not_thin_out_the_rest(moved, problems, normalize):
     """Prevents a wrong answer's KL or advantage from moving the policy, and from counting in its averages; the critic
     learns from all of them."""
-    config, found = Config(clip_gradient=1e9, normalize=normalize), []
+    config, found = Config(clip_gradient=1e9, normalize=normalize, value_coefficient=0.5), []
     items = for_the_critic(trajectories(moved, problems), 1, 3)
     for some in (items, [t for t in items if not t.critic_only]):
         means = update(moved, make_optimizer(moved, config), some, config)
@@ -316,11 +316,14 @@ def test_what_teaches_the_critic_alone_does_not_thin_out_the_rest(moved, problem
     lengths, errors = [len(t.completion) for t in items], []
     for t in items:
         values = moved.logprobs_and_values(moved.batch([t.prompt], [t.completion]))[1][0]
-        errors.append(((values - t.reward.value) ** 2).detach())
+        errors.append((values - t.reward.value) ** 2)
     expected = sum(e.mean() for e in errors) / len(items)
     if normalize == "token":
         expected = sum(e.sum() for e in errors) / sum(lengths)
     assert whole["value_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    weights = {name: p for name, p in moved.named_parameters() if name in heads}
+    gradients = torch.autograd.grad(config.value_coefficient * expected, list(weights.values()))
+    assert_close({n: both[n] for n in weights}, dict(zip(weights, gradients)), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["critic", "group"])

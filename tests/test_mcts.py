@@ -630,7 +630,8 @@ def test_no_answer(world, selection):
     "bad",
     [{name: 0} for name in ("simulations", "children", "workers", "step_tokens", "max_tokens", "max_depth")]
     + [{name: "best"} for name in ("selection", "prior", "unvisited", "virtual_loss")]
-    + [{"temperature": 0.0}, {"temperature": math.nan}, {"c_puct": -0.1}, {"c_puct": math.nan}, {"token_budget": -1}],
+    + [{"temperature": 0.0}, {"temperature": math.nan}, {"c_puct": -0.1}, {"c_puct": math.nan}, {"token_budget": -1}]
+    + [{"min_p": 0.3}, {"min_p": -0.1, "distinct": True}, {"min_p": 1.5, "distinct": True}],
 )
 def test_config_refuses(bad):
     """A bad setting that is found only after hours, or never."""

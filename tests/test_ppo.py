@@ -304,6 +304,9 @@ def test_a_finished_run_is_left_as_it_is(toy, tiny_config, capsys):
     capsys.readouterr()
     ppo.run(ppo.COLLECTORS, ["--resume", str(config.folder)], "mcts")
     assert capsys.readouterr().out == f"{config.folder} is finished: nothing is left to do\n"
+    with pytest.raises(SystemExit):  # not a larger budget that is dropped in silence
+        ppo.run(ppo.COLLECTORS, ["--resume", str(config.folder), "--steps", "2", "--force"], "mcts")
+    assert f"is finished: a new run can start from its policy, --model {config.folder}" in capsys.readouterr().err
     assert (config.folder / "metrics.jsonl").read_text() == before
 
 
@@ -415,7 +418,8 @@ def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
-    """Prevents an interrupted run that is begun anew because nobody knew better."""
+    """Prevents an interrupted run that is begun anew because nobody knew better, and advice to resume what never was
+    there."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -427,6 +431,11 @@ def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
         runs.command(lambda: ppo.run({"none": interrupted}, [], "none"))
     assert stop.value.code == 130
     assert capsys.readouterr().err.endswith(f"interrupted; to go on: python ppo.py --resume {config.folder}\n")
+    monkeypatch.setattr(ppo, "parse", lambda *_: (replace(config, out=config.folder / "other"), False))
+    monkeypatch.setattr(ppo, "prepare", interrupted)
+    with pytest.raises(SystemExit):
+        runs.command(lambda: ppo.run({"none": interrupted}, [], "none"))
+    assert "to go on" not in capsys.readouterr().err
 
 
 def test_trees_are_named_by_their_step(tiny_config):
