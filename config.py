@@ -254,12 +254,14 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
     if Path(given(args, "--out", "runs")) == Path():
         runs.fail("--out names the run's folder, which is new: not the one that you are in")
-    for arg in args:
-        option = arg.replace("_", "-")
-        if any(option.startswith(name) and config.search not in methods for name, methods in READ_BY.items()):
-            runs.fail(f"{config.search} has no use for {arg.partition('=')[0]}: leave it out")
+    runs.refuse(args, unread(config))
     check_writable(config.folder, folder=True)
     return config, False
+
+
+def unread(config: Config) -> dict[str, str]:
+    """The options that a run's method has no use for, as `runs.refuse` takes them."""
+    return {name: config.search for name, methods in READ_BY.items() if config.search not in methods}
 
 
 def given(args: list[str], option: str, default: str) -> str:
@@ -296,6 +298,7 @@ def resumed(args: list[str]) -> Config:
     config = default = Config(**kept | {"out": folder, "tree": tree})
     if options:
         config = runs.read_config(Config, options, default)
+        runs.refuse(options, unread(config))
     differ = [f"{name} is no setting here" for name in gone] + differences(asdict(default), config)
     if differ and "--force" not in args:
         runs.fail(f"{folder} has other settings ({'; '.join(differ)}): --force goes on all the same")

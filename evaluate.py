@@ -11,6 +11,7 @@ is near would draw all visits to itself, and leave the budget unspent.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,17 +32,26 @@ from policy import Policy, encode
 from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
-OF_TREES = "simulations children distinct min_p prior workers"
-UNREAD = {"none": f"budget {OF_TREES}", "best-of-n": f"samples {OF_TREES}", "mcts": "samples"}  # by a search
+DRAWS, BLOCK = 10_000, 250  # of a bootstrap, in all and at a time
+OF_TREES = "--simulations --children --distinct --min-p --prior --workers"
+UNREAD = {"none": f"--budget {OF_TREES}", "best-of-n": f"--samples {OF_TREES}", "mcts": "--samples"}  # by a search
 
 
-def bootstrap(per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean over problems, resampling problems with replacement."""
-    rng = np.random.default_rng(seed)
-    size = len(per_problem)
-    means = [per_problem[rng.integers(0, size, (100, size))].mean(1) for _ in range(draws // 100)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+def resampled(per_problem: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means over as many problems, drawn with replacement: the bootstrap. [DRAWS]"""
+    size = BLOCK, len(per_problem)
+    return np.concatenate([per_problem[rng.integers(size[1], size=size)].mean(1) for _ in range(DRAWS // BLOCK)])
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval."""
+    low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
+
+
+def bootstrap(per_problem: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean over problems."""
+    return interval(resampled(per_problem, np.random.default_rng(seed)))
 
 
 @dataclass
@@ -213,11 +223,6 @@ class EvaluateConfig:
         check(self, "at least", 0, "kept skip")
         check(self, "above", 0, "cache_gb")
         self.tree(self.budget[0])
-        unread = dict.fromkeys(UNREAD[self.search].split(), f"--search {self.search}")
-        unread |= dict.fromkeys(("problems", "skip", "size") if self.data else (), "--data")
-        for name, option in unread.items():
-            if getattr(self, name) != getattr(EvaluateConfig, name):
-                raise ValueError(f"{option} has no use for --{name.replace('_', '-')}: leave it out")
         if self.out:
             check_writable(self.out)
 
@@ -262,6 +267,9 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
 
 def main() -> None:
     config = runs.read_config(EvaluateConfig)
+    unread = dict.fromkeys(UNREAD[config.search].split(), f"--search {config.search}")
+    unread |= dict.fromkeys(("--problems", "--skip", "--size") if config.data else (), "--data")
+    runs.refuse(sys.argv[1:], unread)
     found = []
     try:
         for score in scores(config):

@@ -89,7 +89,7 @@ def update(
     if len({t.advantages is None for t in trajectories}) > 1 or len({t.returns is None for t in trajectories}) > 1:
         raise ValueError("a step's trajectories must all have advantages, or none, and so with returns")
     micro_tokens, sums = micro_tokens or config.micro_batch_tokens, {}
-    if ranks.rank() == 0:  # the others wait for it in `follow`
+    if ranks.rank() == 0:  # the others wait for it in `follow_updates`
         ranks.broadcast((trajectories, [group["lr"] for group in optimizer.param_groups], micro_tokens))
     if config.old_logprobs != "recorded":
         recompute(policy, [t for t in trajectories if not t.critic_only], config, micro_tokens)
@@ -117,7 +117,7 @@ def update(
     return sums
 
 
-def follow(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> None:
+def follow_updates(policy: Policy, optimizer: torch.optim.Optimizer, config: Config) -> None:
     """What a rank but the first does: the same updates, until the first one ends."""
     ranks.synchronize(policy, optimizer)
     while told := ranks.broadcast():
@@ -150,7 +150,7 @@ def gradients(policy: Policy, optimizer, trajectories: list[Trajectory], config:
     taught = [t for t in trajectories if not t.critic_only]
     judged = [t for t in trajectories if t.critic_only and t.teaches_critic]
     for some, loss_of in (taught, batch_loss), (judged, critic_batch_loss):
-        for group in micro_batches(ranks.share(some, length), micro_tokens):
+        for group in micro_batches(ranks.own_share(some, length), micro_tokens):
             loss, means = loss_of(policy, group, config, trajectories)
             loss.backward()
             for key, value in means.items():
@@ -176,7 +176,7 @@ def right_align(rows: list[list[float]], width: int, device: torch.device) -> Te
 @torch.no_grad()
 def recompute(policy: Policy, trajectories: list[Trajectory], config: Config, micro_tokens: int) -> None:
     """Give each trajectory of this rank's share the trainer's own log-probabilities before the update."""
-    for group in micro_batches(ranks.share(trajectories, length), micro_tokens):
+    for group in micro_batches(ranks.own_share(trajectories, length), micro_tokens):
         logprobs, _, _ = policy.logprobs_and_values(batch_of(policy, group), config.temperature, critic=False)  # [B, T]
         for trajectory, row in zip(group, logprobs.tolist(), strict=True):
             trajectory.trainer_logprobs = row[len(row) - len(trajectory.completion) :]

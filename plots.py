@@ -11,6 +11,7 @@ python plots.py tree RUN/trees/000000.json                     # searched trees 
 """
 
 import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import cycle
@@ -177,7 +178,7 @@ class PlotConfig:
 
     what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, scores, tree
     folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
-    out: Path = Path("curves.png")  # of curves, forest and search
+    out: Path = Path("curves.png")  # of curves, forest and search: .png, .pdf or .svg
     x: str = "generated"  # generated, seconds, cpu_seconds
 
     def __post_init__(self):
@@ -185,17 +186,24 @@ class PlotConfig:
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
-        if self.what not in ("scores", "search", "tree"):  # a shell's glob names other files too
+        if self.what in ("scores", "search", "tree"):
+            if folders := [str(folder) for folder in self.folders if folder.is_dir()]:
+                raise ValueError(f"{self.what} wants files, not folders like {folders[0]}")
+        else:  # a shell's glob names other files too
             self.folders = [f for f in self.folders if runs.log_of(f)]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         if self.what in FIGURES:
+            if self.out.suffix not in (".png", ".pdf", ".svg"):
+                raise ValueError(f"out must end in .png, .pdf or .svg, not {self.out.name!r}")
             check_writable(self.out)
         check_choices(self, x=ALONG)
 
 
 def main() -> None:
     config = runs.read_config(PlotConfig)
+    unread = {"--out": config.what} if config.what not in FIGURES else {}
+    runs.refuse(sys.argv[1:], unread | ({"--x": config.what} if config.what != "curves" else {}))
     if config.what == "tree":
         for file in config.folders:
             runs.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))

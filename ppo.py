@@ -30,7 +30,7 @@ from countdown import Problem, Reward
 from distill import LESSONS
 from evaluate import Score
 from guard import Guard
-from learner import follow, update
+from learner import follow_updates, update
 from loading import pick_device
 from mcts import search
 from parts import draw, prepare, record
@@ -260,7 +260,7 @@ def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method
         return
     if ranks.join(pick_device(config.device)):  # torchrun has started several processes, and this is not the first
         parts = prepare(config)
-        return follow(parts.policy, parts.optimizer, config)
+        return follow_updates(parts.policy, parts.optimizer, config)
     print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
     try:
         with collecting(config, collectors[config.search]) as collect:

@@ -101,7 +101,7 @@ def games(config: "PretrainConfig", step: int) -> list[tuple[Problem, str]]:
     return batch
 
 
-def encode(batch: list[tuple[Problem, str]], tokenizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_games(batch: list[tuple[Problem, str]], tokenizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, T = width], padded on the right, and labels [B, T], -100 on the prompt and the padding.
 
     One width for all steps keeps the compiled shapes static; the few longer games (1 %) are left out. ValueError if
@@ -217,7 +217,7 @@ def pretrain(config: PretrainConfig) -> None:
         scale = min(1.0, (step + 1) / config.warmup) * (1 - step / config.steps)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * scale
-        ids, labels = encode(games(config, step), tokenizer, config.width)  # [B, T]
+        ids, labels = encode_games(games(config, step), tokenizer, config.width)  # [B, T]
         with torch.autocast(ids.device.type, torch.bfloat16):
             logits = forward(ids, use_cache=False).logits  # [B, T, V]; padding is on the right: no mask is needed
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -62,7 +62,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(items: list[Item], size: Callable[[Item], int]) -> list[Item]:
+def own_share(items: list[Item], size: Callable[[Item], int]) -> list[Item]:
     """This rank's items: dealt out by size, so that all ranks get about as much."""
     return items if world() == 1 else sorted(items, key=size, reverse=True)[rank() :: world()]
 

