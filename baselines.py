@@ -5,7 +5,7 @@
     python baselines.py --method grpo         # the same groups with the clipped PPO loss
 
 Deviation from the post: optimiser, schedule, KL, temperature and precision are those of the search run, not TRL's
-defaults; preset tiny has each method's own step, rate and reward. All options of ppo.py apply.
+defaults; preset tiny has each method's own step, rate and reward. The options of ppo.py apply, but for a tree's.
 """
 
 import sys
@@ -56,7 +56,7 @@ def main() -> None:
         runs.fail("--method names the method here; --search belongs to ppo.py")
     names = {arg.partition("=")[0] for arg in args}
     if given(args, "--method", "") not in COLLECTORS and not {"--help", "-h", "--resume"} & names:
-        runs.fail(f"pass --method {' | '.join(COLLECTORS)}, and any option of ppo.py")
+        runs.fail(f"pass --method {' | '.join(COLLECTORS)}, and options of ppo.py")
     args = [arg.replace("--method", "--search", 1) if arg.partition("=")[0] == "--method" else arg for arg in args]
     run(COLLECTORS, args, "best-of-n")
 

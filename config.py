@@ -33,12 +33,14 @@ TINY_TREE = SearchConfig(simulations=32, children=4, distinct=True, min_p=0.3, p
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. --preset tiny, qwen1.5b or post sets the defaults, any field overrides them."""
+    """Everything a run depends on. --preset tiny, qwen1.5b or post sets the defaults, any field overrides them.
+    baselines.py takes --method in place of --search. --resume RUN goes on with an interrupted run, with --force under
+    other settings too."""
 
     preset: str = "tiny"  # tiny (CPU, minutes), qwen1.5b (one consumer GPU), post (the post's hyper-parameters)
     search: str = "mcts"  # where trajectories come from: mcts, none; baselines.py --method: best-of-n, cispo, grpo
     model: str = str(TINY)  # Hugging Face name or folder
-    out: Path = Path()  # run folder; empty: runs/METHOD-PRESET-seedN
+    out: Path | None = None  # run folder; else runs/METHOD-PRESET-seedN
     seed: int = 0
 
     # task
@@ -66,7 +68,7 @@ class Config:
     # --tree.simulations and so on; the tree's temperature and max_tokens are the run's
     tree: SearchConfig = field(default_factory=lambda: TINY_TREE)
 
-    # auto (vllm where it is installed and a GPU is there, but for nf4 and distinct steps), torch, vllm
+    # auto (vllm where it is installed and fits a GPU, but for nf4 and distinct steps), torch, vllm
     sampler: str = "auto"
 
     # several processes: cluster.py. A step's problems are collected in shards, each apart
@@ -181,7 +183,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return self.out if self.out != Path() else Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
+        return self.out or Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
 
 
 def check_cluster(config: Config) -> None:
@@ -252,8 +254,6 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
-    if Path(given(args, "--out", "runs")) == Path():
-        runs.fail("--out names the run's folder, which is new: not the one that you are in")
     runs.refuse(args, unread(config))
     check_writable(config.folder, folder=True)
     return config, False

@@ -203,7 +203,7 @@ class EvaluateConfig:
     min_p: float = 0.0  # of distinct children: as in training (mcts.py)
     prior: str = "sum"  # mean, sum, count, uniform
     workers: int = 1
-    sampler: str = "auto"  # auto (vllm where it is installed and a GPU is there), torch, vllm
+    sampler: str = "auto"  # auto (vllm where it is installed with a GPU, but for nf4 and distinct), torch, vllm
     dtype: str = "float32"  # of the weights: float32, bfloat16
     quantize: str = "none"  # linear layers: none, nf4
     rows: int = 1024  # sequences that the torch sampler decodes together

@@ -104,6 +104,7 @@ def search_curves(files: list[Path]):
             alpha=1 - 0.6 * (len(widths) - 1 - width) / len(widths) if one["search"] == "mcts" else 1,
             linestyle=("-", "--", ":", "-.")[models.index(one["model"]) % 4],
             marker="D" if one.get("distinct") else "o",
+            mfc=None if one.get("distinct") or one["search"] != "mcts" else "white",
             markersize=4,
             label=", ".join(told),
         )
@@ -112,7 +113,7 @@ def search_curves(files: list[Path]):
     axes.set_xlabel("generated tokens a problem")
     axes.set_ylabel("test problems solved, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
     return axes.figure
 
 
@@ -176,10 +177,10 @@ FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}
 class PlotConfig:
     """Draw a figure of some runs, print their results as a table, or make a page of searched trees."""
 
-    what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, scores, tree
+    what: tyro.conf.Positional[str]  # curves, forest, search, table, summary, validation, scores, tree (FILE.html)
     folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
     out: Path = Path("curves.png")  # of curves, forest and search: .png, .pdf or .svg
-    x: str = "generated"  # generated, seconds, cpu_seconds
+    x: str = "generated"  # of curves: generated, seconds, cpu_seconds
 
     def __post_init__(self):
         if self.what not in (known := (*FIGURES, *TABLES, "tree")):

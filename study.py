@@ -1,4 +1,4 @@
-"""The study: every run behind a published figure, from one table of settings.
+"""The study: the runs behind the published figures and tables, from one table of settings.
 
     python study.py tune       # each method at up to three rates, with several ways to make a step, validation
     python study.py compare    # the methods at their best, on the test problems, seeds from 1 on

@@ -106,7 +106,6 @@ baselines.py --method cispo --min-p 1.5                 | min_p must be at most 
 baselines.py --method cispo --min-p 1                   | samples must be at least 2, min_p below 1
 ppo.py --min_p 0.3                                      | mcts has no use for --min_p: leave it out
 ppo.py --tree.no-distinct                               | set distinct too, or min_p to 0
-ppo.py --out .                                          | --out names the run's folder, which is new
 baselines.py --method cispo --min-p 0.3 --sampler vllm  | vLLM does not draw steps without replacement
 ppo.py --samples 64                                     | mcts has no use for --samples
 evaluate.py --search beam                               | search must be one of none, mcts, best-of-n, not 'beam'

@@ -138,3 +138,4 @@ def test_a_run_has_a_folder_of_its_own():
     """Prevents runs of two methods, presets or seeds in one folder."""
     assert str(Config(search="cispo", seed=3).folder) == "runs/cispo-tiny-seed3"
     assert str(Config(out="elsewhere").folder) == "elsewhere"
+    assert parse(["--out", "."], "none")[0].folder == Path()  # the one that you are in
