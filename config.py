@@ -20,7 +20,13 @@ from mcts import SearchConfig
 PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 # options that the other methods have no use for
-READ_BY = {"--tree.": METHODS[:1], "--samples": METHODS[2:], "--min-p": METHODS[2:]}
+READ_BY = {
+    "--tree.": METHODS[:1],
+    **dict.fromkeys(("--samples", "--min-p"), METHODS[2:]),
+    **dict.fromkeys(
+        ("--loss", "--gae-lambda", "--value-learning-rate", "--value-coefficient", "--value-gradient"), METHODS[:3]
+    ),
+}
 EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
 # where and how, not what

@@ -331,7 +331,7 @@ class Beams:
 def inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw from rows exp(logprobs) [R, V], whatever their sum, with one uniform number in [0, 1) each: the first index
     whose CDF exceeds it."""
-    cdf = logprobs.double().exp().cumsum(-1)  # [R, V]
+    cdf = (logprobs - logprobs.amax(-1, keepdim=True)).double().exp().cumsum(-1)  # [R, V]
     index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # [R]
     return index.clamp(max=logprobs.shape[-1] - 1)
 

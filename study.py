@@ -131,7 +131,7 @@ class StudyConfig:
     stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, rivals, ablate, cold, fresh, search, chat
     seeds: int = 5  # of compare, samples, cold and fresh; of ablate at most 3, of chat 2
     jobs: int = 2  # runs at a time
-    methods: tuple[str, ...] = tuple(METHODS)  # of tune, compare, samples, cold, fresh and chat
+    methods: tuple[str, ...] = tuple(METHODS)  # of all stages but targets, ablate and search
     out: Path = Path("results")  # config.json and metrics.jsonl.gz of finished runs
 
     def __post_init__(self):
@@ -168,7 +168,8 @@ def targets(config: StudyConfig) -> Jobs:
 def rivals(config: StudyConfig) -> Jobs:
     for name, (options, methods) in RIVALS.items():
         for method in methods:
-            yield f"{method}-{name}", f"{METHODS[method]} {options} {BUDGET} {VALIDATE}"
+            if method in config.methods:
+                yield f"{method}-{name}", f"{METHODS[method]} {options} {BUDGET} {VALIDATE}"
 
 
 def ablate(config: StudyConfig) -> Jobs:

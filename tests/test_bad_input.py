@@ -108,6 +108,8 @@ ppo.py --min_p 0.3                                      | mcts has no use for --
 ppo.py --tree.no-distinct                               | set distinct too, or min_p to 0
 baselines.py --method cispo --min-p 0.3 --sampler vllm  | vLLM does not draw steps without replacement
 ppo.py --samples 64                                     | mcts has no use for --samples
+baselines.py --method grpo --loss cispo                 | grpo has no use for --loss
+baselines.py --method cispo --no-value-gradient         | cispo has no use for --no-value-gradient
 evaluate.py --search beam                               | search must be one of none, mcts, best-of-n, not 'beam'
 evaluate.py --sampler sglang                            | sampler must be one of
 evaluate.py --sampler vllm                              | vLLM is not installed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import runs
-from config import EARLIER, METHODS, PRESETS, Config, parse, preset_for, settings
+from config import EARLIER, METHODS, PRESETS, Config, differences, parse, preset_for, settings
 from mcts import SearchConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -47,6 +47,12 @@ def test_the_command_line_starts_from_a_preset_and_overrides_it(monkeypatch):
     for present, preset in ((True, "qwen1.5b"), (False, "tiny")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
         assert parse([], "mcts")[0] == preset_for(preset, "mcts")
+
+
+def test_what_one_process_does_not_read_makes_no_difference():
+    """Prevents two runs from being told apart by a setting of clusters that neither has."""
+    assert not differences(asdict(Config(max_staleness=3)), Config())
+    assert differences(asdict(Config(max_staleness=3, cluster="local")), Config(cluster="local"))
 
 
 def test_tiny_steps_are_their_methods_best():

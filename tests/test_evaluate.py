@@ -88,6 +88,17 @@ def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer,
     assert evaluate(policy, sampler, problems, samples=4, seed=1) != scores[0]
 
 
+@pytest.mark.parametrize(("method", "budget"), [("mcts", 40), ("best-of-n", 9)])
+def test_so_do_its_searches(policy, writer, monkeypatch, method, budget):
+    """Prevents blocks of problems that share their random numbers."""
+    sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("", 0.5))
+    config, found = SearchConfig(simulations=2, children=1, token_budget=budget, max_tokens=64), []
+    for chunk in (64, 7):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        found.append(evaluate_search(policy, sampler, [Problem((2, 3), 5)] * 40, method, config).right)
+    assert found[0] == found[1] and 0 < sum(found[0]) < 40
+
+
 # ------------------------------------------------------------------------------------------------ with search
 
 

@@ -42,6 +42,7 @@ def rows(*parsed, kl=0.0):
         (rows(1, 1, kl=9) + rows(1, 1) + rows(1, 1, kl=9), None),  # outliers
         (rows(1, 0, 0) + [{"trajectories": 0}, {"test_parsed": 0.0}] + rows(0), 5),  # no news
         ([{"parsed": 1.0}] * 9, None),  # no KL is measured
+        ([{"parsed": 1.0}, {"parsed": 0.0}] * 5, None),
         ((rows(1, kl=9) + [{"parsed": 1.0}]) * 3, 4),  # nothing was taught in between
         (rows(1, kl=9) * 2 + [{"parsed": 0.0}], 2),
     ],

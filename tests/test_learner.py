@@ -457,6 +457,28 @@ def test_a_large_disagreement_is_told(moved, problems, capsys, bound, warns):
     assert (told.count("\n"), "--old-logprobs truncated" in told) == (int(warns), warns)
 
 
+def test_log_probabilities_that_are_no_numbers_are_told_where_the_loss_does_without_them(moved, problems, capsys):
+    """Prevents a comparison with NaN that is never true."""
+    items, config = trajectories(moved, problems), Config(old_logprobs="recomputed")
+    for t in items:
+        t.logprobs = [math.nan] * len(t.logprobs)
+    update(moved, make_optimizer(moved, config), items, config)
+    assert "warning: sampler and trainer differ by nan nats" in capsys.readouterr().out
+
+
+def test_the_kl_of_padding_and_prompts_is_not_counted(moved, problems, monkeypatch):
+    """Prevents 0 · inf where the policy and its reference are far apart on a token that nobody teaches."""
+    group, config, plain = trajectories(moved, problems), Config(), moved.reference_logprobs
+
+    def far_apart(batch, temperature):
+        return plain(batch, temperature) + 999 * ~batch.completion.bool()
+
+    expected, _ = batch_loss(moved, group, config, group)
+    monkeypatch.setattr(moved, "reference_logprobs", far_apart)
+    found, means = batch_loss(moved, group, config, group)
+    assert found.item() == pytest.approx(expected.item()) and math.isfinite(means["kl"])
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 

@@ -1,6 +1,7 @@
 """Tests of plots.py and tables.py: figures and tables from run folders."""
 
 import json
+import math
 from itertools import combinations
 
 import numpy as np
@@ -90,6 +91,12 @@ def test_the_interval_of_one_seed_is_that_of_its_problems():
     assert (high - low) / 2 == pytest.approx(1.96 * right.std() / 20, rel=0.1)
 
 
+def test_the_interval_of_three_seeds_on_like_problems_is_students():
+    """Prevents a standard deviation over n in place of n - 1: t(0.975; 2) = 4.303."""
+    mean, low, high = tables.pooled(np.repeat([[0.1], [0.2], [0.3]], 50, 1))
+    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=0.06)
+
+
 def finish(folder, right, **settings):
     config, rows = tables.load(folder)
     (folder / "config.json").write_text(json.dumps(config | settings))
@@ -117,6 +124,10 @@ def test_a_summary_has_a_row_a_method(folders):
     header, _, row = tables.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
     assert row.endswith("| 0.00 M | 4 | – |")
+    config, rows = tables.load(folders[0])
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | {"cpu_seconds": 30}) + "\n" for row in rows))
+    cost = f"| {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded it
+    assert tables.summary_table(folders).endswith(cost)
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
         tables.summary_table([*folders, folders[0]])
     finish(folders[1], [16, 8, 0, 8], seed=0, preset="qwen1.5b")
@@ -225,6 +236,9 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     finish(folders[0], [1, 2], samples=4, search="cispo", problems=16, failures=False)
     finish(folders[1], [1, 2], samples=8, search="cispo")
     assert list(tables.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not Config's
+    finish(folders[0], [1, 2], search="mcts", tree={"distinct": True, "min_p": 0.3})
+    finish(folders[1], [1, 2], search="mcts", samples=4, tree={"distinct": False, "min_p": 0.0})
+    assert list(tables.by_method(folders)) == ["mcts", "mcts, no distinct"]  # which leaves nothing to min_p
 
 
 def test_validation_scores_the_best_first(folders):

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -226,6 +227,30 @@ def test_evaluations_sample_as_the_run_asks(checkpoint, tiny_config, monkeypatch
     monkeypatch.setattr(parts, "evaluate", lambda *args, **_: seen.append(args[3:]))
     parts.prepare(tiny_config(eval_temperature=0.2, seed=3)).measure("validation", 5)
     assert seen == [(5, 0.2, 8, 3)]
+
+
+def test_the_best_policy_is_kept_and_no_later_one(tiny_config, monkeypatch):
+    """Prevents a best/ that holds the last policy."""
+    scores, kept = iter([0.2, 0.1, 0.2, 0.3]), []
+    score = SimpleNamespace(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
+    monkeypatch.setattr(parts.Parts, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **vars(score)))
+    found, state = parts.prepare(tiny_config()), {"best": -1.0}
+    run = SimpleNamespace(publish=lambda name, save: kept.append((name, state["best"])))
+    assert [found.validate(run, state)["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
+    assert kept == [("best", 0.2), ("best", 0.3)]
+
+
+def test_cpu_seconds_are_those_of_the_process(toy, tiny_config):
+    """Prevents a cost that grows with what else the machine does."""
+
+    def slow(*args):
+        time.sleep(0.5)
+        return collect_samples(*args)
+
+    config = tiny_config(search="none", steps=3, tokens=0, evaluations=0, test_before=False)
+    train(config, slow)
+    *steps, last = read_metrics(config.folder)
+    assert last["seconds"] > sum(row["cpu_seconds"] for row in steps) + 3 * 0.25
 
 
 def test_a_run_ends_with_its_token_budget_and_counts_it(toy, tiny_config):

@@ -103,12 +103,25 @@ def test_ctrl_c_ends_the_study(programs, monkeypatch):
             over.wait(60)
         return SimpleNamespace(returncode=130, stderr="")
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs with & is deaf to it
     monkeypatch.setattr(study, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(study, "as_completed", lambda futures: begun.set() or as_completed(futures))
     monkeypatch.setattr(subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(monkeypatch, "compare", "--jobs", "1")
+    signal.signal(signal.SIGINT, before)
     assert len(programs[0]) == 1
+
+
+def test_stages_leave_out_what_they_say(tmp_path):
+    """Prevents hours of runs that nobody asked for, tests at 0.2 of runs that have no policy, and of one that was
+    taught the test's own problems."""
+    config = StudyConfig("cold", methods=("mcts",), out=tmp_path)
+    runs.write(tmp_path / "compare" / "mcts-seed2" / "metrics.jsonl", '{"step": 9, "stopped": "collapsed"}\n')
+    names = dict(study.cold(config)).keys()
+    assert "mcts-seed1" in names and not {"mcts-seed2", "cispo-seed1", "leaking-split-seed1"} & names
+    assert len(dict(study.ablate(config))) == 3 * len(study.ABLATIONS)
+    assert {name.partition("-")[0] for name in dict(study.rivals(StudyConfig("rivals", methods=("none",))))} == {"none"}
 
 
 def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
