@@ -227,7 +227,7 @@ def results_table(folders: list[Path]) -> str:
     lines += ["|" + "---|" * 8]
     for name, config, rows in ((name, *run) for name, some in found.items() for run in some):
         tests = [row for row in rows if "test_mean_at_k" in row]
-        means = [shown(*(t[f"test_mean_{k}"] for k in ("at_k", "low", "high"))) for t in tests]
+        means = [shown(*(t[f"test_mean_{key}"] for key in ("at_k", "low", "high"))) for t in tests]
         passed, after = [f"{row['test_pass_at_k']:.1%}" for row in tests], tests[-1]
         if len(tests) == 1:  # --no-test-before
             means, passed = ["–", *means], ["–", *passed]
