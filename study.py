@@ -46,7 +46,10 @@ METHODS = {
 RATES = ("1e-4", "3e-4", "1e-3")  # the last destroys the policy
 SAMPLED = {f"{p}x{n}": f"--problems {p} --samples {n}" for p, n in ((4, 16), (8, 8), (16, 4), (32, 2), (4, 8))}
 SAMPLED["16x4-exact"] = SAMPLED["16x4"] + " --reward exact"
-DISTINCT_SAMPLES = SAMPLED["16x4-exact"] + " --min-p 0.3"  # as the search's steps, in whole answers and without a tree
+DISTINCT_SAMPLES = {  # as the search's steps, in whole answers and without a tree
+    "16x4-p0.3-exact": SAMPLED["16x4-exact"] + " --min-p 0.3",
+    "16x4-p0.3": SAMPLED["16x4"] + " --min-p 0.3",
+}
 TREES = "--reward {} {} --tree.children {} --problems {} --tree.simulations {}"
 INDEPENDENT, DISTINCT = "--tree.no-distinct --tree.min-p 0", "--tree.distinct --tree.min-p "
 STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x simulations
@@ -61,8 +64,8 @@ STEPS = {  # problems x samples, or children, min_p of distinct ones: trees x si
         },
         "k4-p0.3-16x32-exact": TREES.format("exact", DISTINCT + "0.3", 4, 16, 32),
     },
-    "best-of-n": SAMPLED | {"16x4-p0.3-exact": DISTINCT_SAMPLES},
-    "cispo": SAMPLED | {"16x4-p0.3-exact": DISTINCT_SAMPLES},
+    "best-of-n": SAMPLED | DISTINCT_SAMPLES,
+    "cispo": SAMPLED | DISTINCT_SAMPLES,
     "none": {
         **{f"{p}x1": f"--problems {p}" for p in (64, 16, 128, 32)},
         "16x1-exact": "--problems 16 --reward exact",
@@ -72,8 +75,8 @@ AT_ALL_RATES = {"k2-12x32", "k4-4x64", "4x16", "8x8", "64x1", "16x1"}
 AT_TWO_RATES = {"k2-24x32", "k2-6x32", "16x4", "4x8", "128x1", "32x1"}  # other steps at their method's best alone
 SWEEP = {  # besides what stage compare has
     "mcts": ("k2-12x32", "k4-4x64", "k4-p0.3-16x32"),
-    "best-of-n": ("4x16", "8x8", "16x4-p0.3-exact"),
-    "cispo": ("4x16", "8x8", "16x4-p0.3-exact"),
+    "best-of-n": ("4x16", "8x8", *DISTINCT_SAMPLES),
+    "cispo": ("4x16", "8x8", *DISTINCT_SAMPLES),
     "none": ("64x1",),
 }
 TARGETS = {lesson: f"--distill {lesson}" for lesson in LESSONS if lesson != "best-path"}
@@ -82,7 +85,6 @@ RIVALS = {  # what they might gain from, beside what is tuned
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
     "failures-exact": ("--failures --reward exact", ("best-of-n", "cispo", "none")),
     "colder": ("--temperature 0.7", ("best-of-n", "none")),
-    "distinct-dense": ("--min-p 0.3", ("best-of-n",)),
     "distinct-all": ("--min-p 1e-9 --reward exact", ("best-of-n",)),  # nothing is left out
     "rlvr-16x4": (RLVR, ("cispo",)),
     "rlvr-8x8": (f"{RLVR} {SAMPLED['8x8']}", ("cispo",)),
@@ -96,7 +98,7 @@ ABLATIONS = {  # of `mcts` in stage compare; of distinct steps prior count is un
     "unvisited-zero": "--tree.unvisited zero",
     "virtual-loss-visit": "--tree.virtual-loss visit",
     **{f"children-{k}": f"--tree.children {k}" for k in (2, 8)},
-    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 16, 64, 128)},
+    **{f"simulations-{n}": f"--tree.simulations {n}" for n in (4, 16, 64, 128, 256)},
     "visits": "--distill visits",
     "verifier-only": "--value-learning-rate 0",  # the head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",
@@ -190,7 +192,7 @@ def fresh(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --skip 820"
     for stage in compare, samples:
         for name, command in stage(config):
-            if stage is compare or DISTINCT_SAMPLES in command:
+            if stage is compare or " --min-p " in command:
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --skip 820"
 
 
