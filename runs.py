@@ -14,6 +14,7 @@ checkpoint behind, and metrics.jsonl is cut back to it when the run goes on.
 
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -56,7 +57,7 @@ def read_config(kind: type[Settings], args: list[str] | None = None, default: Se
         with redirect_stderr(boxes):
             extra = {} if default is None else {"default": default}
             about = ", ".join(f"{package} {found}" for package, found in versions().items())
-            return tyro.cli(kind, args=args, description=f"{kind.__doc__}\n\nInstalled: {about}.", **extra)
+            return tyro.cli(kind, args=args, description=f"{inspect.getdoc(kind)}\n\nInstalled: {about}.", **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
