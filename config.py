@@ -6,6 +6,7 @@ A preset is a Config; every field can be overridden, unknown ones are errors.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,11 +22,9 @@ PRESET_NAMES = ("tiny", "qwen1.5b", "post")
 METHODS = ("mcts", "none", "best-of-n", "cispo", "grpo")
 # options that the other methods have no use for
 READ_BY = {
-    "--tree.": METHODS[:1],
-    **dict.fromkeys(("--samples", "--min-p"), METHODS[2:]),
-    **dict.fromkeys(
-        ("--loss", "--gae-lambda", "--value-learning-rate", "--value-coefficient", "--value-gradient"), METHODS[:3]
-    ),
+    METHODS[:1]: "--tree.",
+    METHODS[:3]: "--loss --gae-lambda --value-learning-rate --value-coefficient --value-gradient",
+    METHODS[2:]: "--samples --min-p",
 }
 EARLIER = {"sampler": "torch", "failures": True, "reward": "dense"}  # of runs from before these were settings
 EARLIER_TREE = {"distinct": False, "min_p": 0.0}  # of their trees
@@ -191,6 +190,11 @@ class Config:
     def folder(self) -> Path:
         return self.out or Path("runs") / f"{self.search}-{self.preset}-seed{self.seed}"
 
+    def unread(self) -> dict[str, str]:
+        """The options that the method has no use for."""
+        others = (options.split() for methods, options in READ_BY.items() if self.search not in methods)
+        return dict.fromkeys(chain(*others), self.search)
+
 
 def check_cluster(config: Config) -> None:
     """ValueError for what several processes can't do."""
@@ -260,14 +264,8 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
     if name not in PRESETS:
         runs.fail(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     config = runs.read_config(Config, args, preset_for(name, given(args, "--search", method)))
-    runs.refuse(args, unread(config))
     check_writable(config.folder, folder=True)
     return config, False
-
-
-def unread(config: Config) -> dict[str, str]:
-    """The options that a run's method has no use for, as `runs.refuse` takes them."""
-    return {name: config.search for name, methods in READ_BY.items() if config.search not in methods}
 
 
 def given(args: list[str], option: str, default: str) -> str:
@@ -304,7 +302,6 @@ def resumed(args: list[str]) -> Config:
     config = default = Config(**kept | {"out": folder, "tree": tree})
     if options:
         config = runs.read_config(Config, options, default)
-        runs.refuse(options, unread(config))
     differ = [f"{name} is no setting here" for name in gone] + differences(asdict(default), config)
     if differ and "--force" not in args:
         runs.fail(f"{folder} has other settings ({'; '.join(differ)}): --force goes on all the same")

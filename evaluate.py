@@ -11,7 +11,6 @@ is near would draw all visits to itself, and leave the budget unspent.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -226,6 +225,11 @@ class EvaluateConfig:
         if self.out:
             check_writable(self.out)
 
+    def unread(self) -> dict[str, str]:
+        """The options that this search, or problems from a file, have no use for."""
+        of_split = ("--problems", "--skip", "--size") if self.data else ()
+        return dict.fromkeys(UNREAD[self.search].split(), f"--search {self.search}") | dict.fromkeys(of_split, "--data")
+
     def tree(self, budget: int) -> SearchConfig:
         """The settings of a search with so many tokens a problem."""
         shared = ("simulations", "children", "distinct", "min_p", "prior", "workers", "temperature", "max_tokens")
@@ -267,9 +271,6 @@ def scores(config: EvaluateConfig) -> Iterator[Score]:
 
 def main() -> None:
     config = runs.read_config(EvaluateConfig)
-    unread = dict.fromkeys(UNREAD[config.search].split(), f"--search {config.search}")
-    unread |= dict.fromkeys(("--problems", "--skip", "--size") if config.data else (), "--data")
-    runs.refuse(sys.argv[1:], unread)
     found = []
     try:
         for score in scores(config):

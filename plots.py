@@ -11,7 +11,6 @@ python plots.py tree RUN/trees/000000.json                     # searched trees 
 """
 
 import re
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import cycle
@@ -200,11 +199,14 @@ class PlotConfig:
             check_writable(self.out)
         check_choices(self, x=ALONG)
 
+    def unread(self) -> dict[str, str]:
+        """The options that this figure or table has no use for."""
+        read = {"--out": self.what in FIGURES, "--x": self.what == "curves"}
+        return {option: self.what for option, is_read in read.items() if not is_read}
+
 
 def main() -> None:
     config = runs.read_config(PlotConfig)
-    unread = {"--out": config.what} if config.what not in FIGURES else {}
-    runs.refuse(sys.argv[1:], unread | ({"--x": config.what} if config.what != "curves" else {}))
     if config.what == "tree":
         for file in config.folders:
             runs.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))

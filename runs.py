@@ -49,15 +49,17 @@ class Stopped(Exception):
 
 
 def read_config(kind: type[Settings], args: list[str] | None = None, default: Settings | None = None) -> Settings:
-    """A config dataclass from the command line, read by tyro; a bad option is one line on stderr and exit code 2."""
+    """A config dataclass from the command line, read by tyro. A bad option is one line on stderr and exit code 2, and
+    so is one that nothing would read, whatever its value: a dataclass tells of those by a method unread(), {option, or
+    the beginning of several that ends with a dot: what has no use for it}."""
     import tyro
 
-    boxes = io.StringIO()
+    args, boxes = sys.argv[1:] if args is None else args, io.StringIO()
     try:
         with redirect_stderr(boxes):
             extra = {} if default is None else {"default": default}
             about = ", ".join(f"{package} {found}" for package, found in versions().items())
-            return tyro.cli(kind, args=args, description=f"{inspect.getdoc(kind)}\n\nInstalled: {about}.", **extra)
+            config = tyro.cli(kind, args=args, description=f"{inspect.getdoc(kind)}\n\nInstalled: {about}.", **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -66,11 +68,13 @@ def read_config(kind: type[Settings], args: list[str] | None = None, default: Se
         parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
         message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
         fail(f"{message.removeprefix(f'Error parsing {kind.__name__}: ')} (--help lists the options)")
+    if hasattr(config, "unread"):
+        refuse(args, config.unread())
+    return config
 
 
 def refuse(args: list[str], unread: dict[str, str]) -> None:
-    """Fail for the first option of a command line that nothing would read, whatever value it is given. `unread` tells
-    why, by an option's name, or by the beginning of several that ends with a dot."""
+    """Fail for the first option of a command line that is among `unread`."""
     for arg in args:
         option = arg.partition("=")[0]
         plain = option.replace("_", "-").replace("--no-", "--")

@@ -232,8 +232,8 @@ def test_evaluations_sample_as_the_run_asks(checkpoint, tiny_config, monkeypatch
 def test_the_best_policy_is_kept_and_no_later_one(tiny_config, monkeypatch):
     """Prevents a best/ that holds the last policy."""
     scores, kept = iter([0.2, 0.1, 0.2, 0.3]), []
-    score = SimpleNamespace(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
-    monkeypatch.setattr(parts.Parts, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **vars(score)))
+    rest = dict(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
+    monkeypatch.setattr(parts.Parts, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **rest))
     found, state = parts.prepare(tiny_config()), {"best": -1.0}
     run = SimpleNamespace(publish=lambda name, save: kept.append((name, state["best"])))
     assert [found.validate(run, state)["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
