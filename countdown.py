@@ -6,26 +6,21 @@ with its rewards. Model output is hostile input: it is parsed, never evaluated, 
 Deviations from the post (Tambde 2026): the distribution over plays is enumerated instead of simulated (same
 distribution, proven in the tests); train, validation and test share no multiset of numbers; the verifier reads
 only the completion, wants exactly one answer and checks intermediate results.
-
-    python countdown.py --out data            # writes data/{train,validation,test}.jsonl, prints statistics
 """
 
 import hashlib
 import json
 import math
-import random
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-
-from checks import check, check_choices, check_writable
 
 SHARES = {"test": 0.25, "validation": 0.10, "train": 0.65}  # of the number multisets
 PLAYS = 10_000  # random plays behind one target
@@ -248,6 +243,13 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
+def draw(problems: list[Problem], count: int, seed: int, step: int) -> tuple[list[Problem], np.random.Generator]:
+    """`count` problems for a training step, drawn with replacement, and the step's random stream, which goes on from
+    there. Both depend on seed and step alone."""
+    rng = np.random.default_rng([seed, step])
+    return [problems[i] for i in rng.integers(len(problems), size=count)], rng
+
+
 # ------------------------------------------------------------------------------------------------ prompt
 
 RULES = """\
@@ -384,53 +386,3 @@ def apply(operator: str, a: int | Fraction, b: int | Fraction, strict: bool) -> 
     if strict and (value <= 0 or type(value) is not int):
         raise Refused("intermediate")
     return value
-
-
-# ------------------------------------------------------------------------------------------------ command line
-
-
-@dataclass
-class DataConfig:
-    """Write Countdown data sets as JSONL and print their statistics."""
-
-    out: Path = Path("data")
-    split: str = "multiset"  # multiset (no leak) or post (leaks, for comparison)
-    train: int = 20_000
-    validation: int = 200
-    test: int = 820
-    size: int = 4  # numbers in a problem
-    highest: int = 13
-    plays: int = PLAYS
-    seed: int = 0
-    preview: int = 3  # solved problems to print
-
-    def __post_init__(self):
-        check(self, "at least", 0, "train validation test preview")
-        check_choices(self, split=("multiset", "post"))
-        check_game(**{name: getattr(self, name) for name in RANGES})
-        check_writable(self.out, folder=True)
-
-
-def main(config: DataConfig) -> None:
-    arguments = asdict(config)
-    out, preview = arguments.pop("out"), arguments.pop("preview")
-    splits = make_splits(**arguments)
-    out.mkdir(parents=True, exist_ok=True)
-    train = {tuple(sorted(p.numbers)) for p in splits["train"]}
-    for name, problems in splits.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
-        targets = np.quantile([p.target for p in problems] or [0], [0.1, 0.5, 0.9, 1]).astype(int)
-        multisets = {tuple(sorted(p.numbers)) for p in problems}
-        print(
-            f"{name:10s} {len(problems):6d} problems, {len(multisets):5d} multisets, "
-            f"{len(multisets & train) if name != 'train' else 0:4d} of them in train; "
-            f"target 10 % {targets[0]}, median {targets[1]}, 90 % {targets[2]}, max {targets[3]}"
-        )
-    for problem in random.Random(config.seed).sample(splits["test"], min(preview, len(splits["test"]))):
-        print(f"  {problem.numbers} -> {problem.target} = {solve(problem.numbers)[problem.target]}")
-
-
-if __name__ == "__main__":
-    import runs
-
-    runs.command(lambda: main(runs.read_config(DataConfig)))

@@ -1,133 +1,146 @@
-"""What a searched tree teaches: the trajectories that --distill hands to the trainer.
+"""What a searched tree teaches.
 
-    best-path      the path of most visits, right or wrong, advantage R - V (the post)
-    best-answer    the answer with the highest reward, advantage R - V
-    best-path-q    the most-visited path; the critic learns the tree's values Q instead of R
-    best-path-tree the same, and the critic learns from every other answer of the tree too
-    every-answer   every answer, advantage R - V; the critic learns the tree's values
-    answers        every answer of the tree, advantage (R - mean) / std over them: the tree as a GRPO group
-    steps          every answer, each step's tokens with advantage Q(child) - Q(parent)
-    visits         every answer, each step's tokens with advantage pi(child) - mu(child): from the shares mu of the
-                   siblings' samples (equal ones, if distinct) towards the shares pi of their visits, as AlphaZero
+    best-path        the path of most visits, with advantage R - V (the post)
 
-The last three train the critic on the tree's values too.
+The other lessons, for comparison:
+
+    best-answer      the answer with the highest reward, with advantage R - V
+    best-path-q      the path of most visits; the critic learns the tree's values Q, not R
+    best-path-tree   the same, and the critic learns from every other answer of the tree too
+    every-answer     every answer, with advantage R - V; the critic learns the tree's values
+    answers          every answer, with advantage (R - mean) / std over them: the tree as a GRPO group
+    steps            every answer; the tokens of a step have advantage Q(child) - Q(parent)
+    visits           every answer; the tokens of a step have advantage pi(child) - mu(child): from the share mu of the
+                     samples (equal shares, if distinct) towards the share pi of the visits, after AlphaZero
+
+In the last three the critic learns the tree's values too.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from mcts import Node, SearchConfig, Tree, child_statistics, gumbel_scores
+from config import SearchConfig
+from mcts import Node, Tree, statistics
+from sampling import Trajectory
+from selection import gumbel_scores
 
 
-@dataclass
-class Lesson:
-    """An answer of a tree, and what is to be learnt from its tokens."""
-
-    answer: Node
-    advantages: list[float] | None = None  # a token; None: the critic's R - V
-    returns: list[float] | None = None  # a token: what the critic should say of the state before it; None: R
-    critic_only: bool = False  # nothing for the policy
+def best_path(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    """The post's lesson: the answer at the end of `most_visited_path`. Advantage and target are the critic's R - V
+    and R."""
+    answer = most_visited_path(tree, config)
+    return [] if answer is None else [trajectory(tree, answer)]
 
 
-Teacher = Callable[[Tree, SearchConfig], list[Lesson]]
+def most_visited_path(tree: Tree, config: SearchConfig) -> Node | None:
+    """Follow the most-visited child from the root to an answer; of children with equal visits, the one with the higher
+    Q. None if the tree has no graded answer.
 
-
-def best_path(tree: Tree, config: SearchConfig) -> Node | None:
-    """The post's choice: follow the most-visited child (ties: the higher Q), here only into subtrees with a graded
-    answer, so that the path never ends before one. With Gumbel, the first step is the one that sequential halving
-    kept. None if the tree has no answer."""
-    answered = {id(above) for node in tree.answers() for above in node.path()}
-    if id(tree.root) not in answered:
+    Only subtrees with a graded answer are entered, so the path never ends before one. With Gumbel the first step is
+    the one that sequential halving kept.
+    """
+    answered = {node for answer in tree.answers() for node in answer.path()}
+    if tree.root not in answered:
         return None
     node = tree.root
     while node.children:
-        children = [child for child in node.children if id(child) in answered]
-        q, prior, visits = child_statistics(node, config)
-        halved = config.selection == "gumbel" and node.parent is None
-        scores = gumbel_scores(node, q, prior, visits) if halved else q
-        ties = dict(zip(map(id, node.children), scores, strict=True))
-        node = max(children, key=lambda child: (child.visits, ties[id(child)]))
+        children = statistics(node, config)
+        ties = children.q
+        if config.selection == "gumbel" and node is tree.root:
+            ties = gumbel_scores(children, node.value if node.value is not None else 0.0)
+        ranked = sorted(zip(node.children, ties), key=lambda pair: (pair[0].visits, pair[1]), reverse=True)
+        node = next(child for child, _ in ranked if child in answered)
     return node
 
 
-def best_answer(tree: Tree, config: SearchConfig) -> Node | None:
-    """The graded answer with the highest reward (ties: the more visits); None if the tree has no answer."""
-    return max(tree.answers(), key=lambda node: (node.reward.value, node.visits), default=None)
+def trajectory(tree: Tree, answer: Node, **teaches) -> Trajectory:
+    """An answer of a tree as a trajectory; `teaches`: its advantages, returns and critic_only."""
+    logprobs = [logprob for node in answer.path() for logprob in node.logprobs]
+    return Trajectory(tree.problem, tree.prompt, answer.completion(), logprobs, answer.reward, **teaches)
+
+
+# ------------------------------------------------------------------------------------------------ other lessons
+
+
+def best_answer(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    """The graded answer with the highest reward; of equal ones, the one with more visits."""
+    answer = max(tree.answers(), key=lambda node: (node.reward.value, node.visits), default=None)
+    return [] if answer is None else [trajectory(tree, answer)]
+
+
+def best_path_q(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    answer = most_visited_path(tree, config)
+    return [] if answer is None else [trajectory(tree, answer, returns=tree_values(answer))]
+
+
+def best_path_tree(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    """A critic that sees best paths alone never learns what a poor state looks like."""
+    best = most_visited_path(tree, config)
+    return [trajectory(tree, a, returns=tree_values(a), critic_only=a is not best) for a in tree.answers()]
+
+
+def every_answer(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    return [trajectory(tree, answer, returns=tree_values(answer)) for answer in tree.answers()]
+
+
+def answers(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    graded = tree.answers()
+    advantages = group_advantages([answer.reward.value for answer in graded]).tolist()
+    if not any(advantages):
+        return []
+    return [
+        trajectory(tree, answer, advantages=[advantage] * answer.length, returns=tree_values(answer))
+        for answer, advantage in zip(graded, advantages)
+    ]
+
+
+def steps(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    return [stepwise(tree, answer, lambda parent, child: child.q - parent.q) for answer in tree.answers()]
+
+
+def visits(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    return [stepwise(tree, answer, visit_gain) for answer in tree.answers()]
+
+
+def visit_gain(parent: Node, child: Node) -> float:
+    """pi(child) - mu(child): the child's share of its siblings' visits less its share of their samples."""
+    visits, samples = sum(c.visits for c in parent.children), sum(c.count for c in parent.children)
+    return child.visits / visits - child.count / samples
+
+
+def stepwise(tree: Tree, answer: Node, advantage: Callable[[Node, Node], float]) -> Trajectory:
+    """An answer whose every token has the advantage(parent, child) of its step."""
+    advantages = [advantage(parent, child) for parent, child in pairwise(answer.path()) for _ in child.tokens]
+    return trajectory(tree, answer, advantages=advantages, returns=tree_values(answer))
 
 
 def tree_values(answer: Node) -> list[float]:
-    """Q of the state that each token of the way to an answer follows; inside a step, Q of the step."""
+    """The critic's target for each token of an answer: Q of the node that a step starts from for its first token, Q of
+    the step's own node for the others."""
     return [q for parent, child in pairwise(answer.path()) for q in [parent.q, *[child.q] * (len(child.tokens) - 1)]]
 
 
 def group_advantages(rewards: list[float]) -> np.ndarray:
-    """(R - mean) / (std + 1e-4) over a group, sample deviation (GRPO, Shao et al. 2024; as in TRL); all 0 where rewards
-    are equal, which teaches nothing (their mean may differ from them by rounding)."""
+    """(R - mean) / (std + 1e-4) over a group, with the sample deviation (GRPO, Shao et al. 2024; as in TRL). [n]
+
+    All 0 where the rewards are equal: such a group teaches nothing.
+    """
     values = np.asarray(rewards)
-    if len(set(rewards)) < 2:
+    if len(set(rewards)) < 2:  # the mean may differ from equal rewards by rounding
         return np.zeros(len(rewards))
     return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
 
 
-def answers(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    found = tree.answers()
-    advantages = group_advantages([node.reward.value for node in found])
-    pairs = zip(found, advantages.tolist()) if advantages.any() else []
-    return [Lesson(node, [a] * node.length, tree_values(node)) for node, a in pairs]
-
-
-def q_gain(parent: Node, child: Node) -> float:
-    """Q(child) - Q(parent)."""
-    return child.q - parent.q
-
-
-def visit_gain(parent: Node, child: Node) -> float:
-    """pi(child) - mu(child): the child's share of its siblings' visits less that of their samples."""
-    visited, drawn = sum(c.visits for c in parent.children), sum(c.count for c in parent.children)
-    return child.visits / visited - child.count / drawn
-
-
-def step_by_step(advantage: Callable[[Node, Node], float]) -> Teacher:
-    """Every answer, each of its steps' tokens with advantage(parent, child)."""
-
-    def lesson(answer: Node) -> Lesson:
-        steps = pairwise(answer.path())
-        advantages = [advantage(parent, child) for parent, child in steps for _ in child.tokens]
-        return Lesson(answer, advantages, tree_values(answer))
-
-    return lambda tree, config: [lesson(answer) for answer in tree.answers()]
-
-
-def alone(choose: Callable[[Tree, SearchConfig], Node | None], q: bool = False) -> Teacher:
-    """The one answer that `choose` picks; its critic's targets are the tree's values if `q`."""
-
-    def lessons(tree: Tree, config: SearchConfig) -> list[Lesson]:
-        node = choose(tree, config)
-        return [] if node is None else [Lesson(node, returns=tree_values(node) if q else None)]
-
-    return lessons
-
-
-def best_path_tree(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    """A critic that sees chosen paths alone never learns what a poor state looks like."""
-    best = best_path(tree, config)
-    return [Lesson(node, returns=tree_values(node), critic_only=node is not best) for node in tree.answers()]
-
-
-def every_answer(tree: Tree, config: SearchConfig) -> list[Lesson]:
-    return [Lesson(node, returns=tree_values(node)) for node in tree.answers()]
-
-
-LESSONS: dict[str, Teacher] = {
-    "best-path": alone(best_path),
-    "best-answer": alone(best_answer),
-    "best-path-q": alone(best_path, q=True),
+Lesson = Callable[[Tree, SearchConfig], list[Trajectory]]
+LESSONS: dict[str, Lesson] = {
+    "best-path": best_path,
+    "best-answer": best_answer,
+    "best-path-q": best_path_q,
     "best-path-tree": best_path_tree,
     "every-answer": every_answer,
     "answers": answers,
-    "steps": step_by_step(q_gain),
-    "visits": step_by_step(visit_gain),
+    "steps": steps,
+    "visits": visits,
 }

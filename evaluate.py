@@ -1,107 +1,46 @@
-"""Evaluation: mean@k and pass@k with 95 % intervals, and search at test time against best-of-N at equal tokens.
+"""Evaluation: a policy alone, or with search at test time against best-of-N at an equal budget of tokens.
 
-    python evaluate.py runs/mcts                                       # the trained policy alone, no search
+    python evaluate.py runs/mcts-tiny-seed0                            # the policy alone: mean@16 and pass@16
     python evaluate.py assets/tiny --search mcts --budget 1024         # a tree a problem, up to 1,024 tokens each
-    python evaluate.py assets/tiny --search best-of-n --budget 1024    # its rival at the same budget; several: 64 256
+    python evaluate.py assets/tiny --search best-of-n --budget 1024    # samples at the same budget; several: 64 256
 
 mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
-With search, one answer a problem is chosen by the verifier's dense reward, among samples or among a tree's answers:
-Countdown's verifier needs no secret, so a deployed solver has it too. Inside a tree any wrong answer is -1: one that
-is near would draw all visits to itself, and leave the budget unspent.
+With a search one answer a problem is chosen, the one with the highest dense reward. The verifier of Countdown needs no
+secret, so a deployed solver has it too. Inside a tree every wrong answer counts -1: a near miss would draw all visits
+to itself and leave the budget unspent.
 """
 
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
-import runs
-from checks import check, check_choices, check_writable
+from config import TINY, SearchConfig, TreeConfig, check, check_choices
 from countdown import Problem, check_game, make_problems, read_problems
-from engines import make_sampler, pick_sampler
-from loading import TINY, load_policy, locate, pick_device, read_model_config, read_tokenizer
-from mcts import SearchConfig, search
+from mcts import plant, search
 from policy import Policy, encode
-from sampling import KEPT, Sampler, Trajectory, Usage, check_context, complete, context_of, stream
+from runtime.cli import command, fail, given, normalized, option_names, read_config
+from runtime.files import check_writable, write
+from runtime.loading import load_policy, locate, pick_device, read_model_config, read_tokenizer
+from runtime.provenance import provenance
+from runtime.run_folder import log_of, read_settings
+from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
+from runtime.scores import Score
+from runtime.torch_sampler import KEPT, check_context, context_of
+from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
-DRAWS, BLOCK = 10_000, 250  # of a bootstrap, in all and at a time
-OF_TREES = "--simulations --children --distinct --min-p --prior --workers"
-UNREAD = {"none": f"--budget {OF_TREES}", "best-of-n": f"--samples {OF_TREES}", "mcts": "--samples"}  # by a search
+
+# ------------------------------------------------------------------------------------------------ scores
 
 
-def resampled(per_problem: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means over as many problems, drawn with replacement: the bootstrap. [DRAWS]"""
-    size = BLOCK, len(per_problem)
-    return np.concatenate([per_problem[rng.integers(size[1], size=size)].mean(1) for _ in range(DRAWS // BLOCK)])
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def bootstrap(per_problem: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a mean over problems."""
-    return interval(resampled(per_problem, np.random.default_rng(seed)))
-
-
-@dataclass
-class Score:
-    """What an evaluation found. Shares in [0, 1]; intervals are 95 % bootstrap over problems."""
-
-    problems: int
-    samples: int  # k
-    mean_at_k: float
-    mean_low: float
-    mean_high: float
-    pass_at_k: float
-    pass_low: float
-    pass_high: float
-    reward: float  # mean dense reward in [-1, 1]
-    parsed: float  # share of completions that keep the format and the number rule
-    usage: Usage
-    right: list[int]  # samples of each problem that are right
-
-    @classmethod
-    def of(cls, rewards: list[list], usage: Usage) -> "Score":
-        """From k rewards a problem."""
-        correct = np.array([[r.correct for r in row] for row in rewards], float)  # [problems, k]
-        passed = correct.max(1)  # [problems]
-        flat = [r for row in rewards for r in row]
-        return cls(
-            len(rewards),
-            correct.shape[1],
-            float(correct.mean()),
-            *bootstrap(correct.mean(1)),
-            float(passed.mean()),
-            *bootstrap(passed),
-            float(np.mean([r.value for r in flat])),
-            float(np.mean([r.parsed for r in flat])),
-            usage,
-            [sum(r.correct for r in row) for row in rewards],
-        )
-
-    @classmethod
-    def read(cls, saved: dict) -> "Score":
-        """From `asdict` of one."""
-        return cls(**saved | {"usage": Usage(**saved["usage"])})
-
-    def line(self) -> str:
-        return (
-            f"mean@{self.samples} {self.mean_at_k:.2%} [{self.mean_low:.2%}, {self.mean_high:.2%}]  "
-            f"pass@{self.samples} {self.pass_at_k:.2%}  reward {self.reward:+.3f}  format {self.parsed:.1%}"
-        )
-
-
-def evaluate(
+def score_policy(
     policy: Policy,
     sampler: Sampler,
     problems: list[Problem],
@@ -112,18 +51,15 @@ def evaluate(
     progress: bool = False,
 ) -> Score:
     """mean@k and pass@k of the policy alone, k = `samples`. Sample j of problem i depends on (seed, i) alone."""
-    rewards, usage = [], Usage()
-    starts = tqdm(range(0, len(problems), CHUNK), desc="evaluate", leave=False, disable=not progress)
-    for start in starts:
-        some = problems[start : start + CHUNK]
-        seeds = [stream(seed, start + i) for i in range(len(some))]
-        rows, used = complete(policy, sampler, some, samples, seeds, max_tokens, temperature, "evaluate")
+    rewards, usage, params = [], Usage(), SamplingParams(samples, max_tokens, temperature)
+    for chunk, seeds in chunks(problems, seed, "evaluate", progress):
+        rows, used = complete(policy, sampler, chunk, seeds, params, policy.grade)
         rewards += [[t.reward for t in row] for row in rows]
         usage += used
     return Score.of(rewards, usage)
 
 
-def evaluate_search(
+def score_search(
     policy: Policy,
     sampler: Sampler,
     problems: list[Problem],
@@ -132,45 +68,50 @@ def evaluate_search(
     seed: int = 0,
     progress: bool = False,
 ) -> Score:
-    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens. The
-    verifier is at hand, so that both are over with a right one (mcts: if config.until_right)."""
+    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens. Both
+    end with a right answer (mcts: if config.until_right)."""
     rewards, usage = [], Usage()
-    for start in tqdm(range(0, len(problems), CHUNK), desc=method, leave=False, disable=not progress):
-        some = problems[start : start + CHUNK]
-        seeds = [stream(seed, start + i) for i in range(len(some))]
+    for chunk, seeds in chunks(problems, seed, method, progress):
         if method == "mcts":
-            prompts = [policy.encode(problem) for problem in some]
-            exact = partial(policy.grade, exact=True)
-            trees, used = search(some, prompts, sampler, sampler.values, exact, config, seeds)
-            found = [[policy.grade(tree.problem, node.completion()) for node in tree.answers()] for tree in trees]
+            trees = plant(policy, chunk, seeds)
+            used = search(trees, sampler, partial(policy.grade, exact=True), config)
+            rows = [[policy.grade(tree.problem, node.completion()) for node in tree.answers()] for tree in trees]
         else:
-            rows, used = best_of_budget(policy, sampler, some, config, seeds)
-            found = [[t.reward for t in row] for row in rows]
-        for problem, answers in zip(some, found, strict=True):
-            rewards.append([max(answers or [policy.grade(problem, [])], key=lambda reward: reward.value)])
+            samples, used = best_of_budget(policy, sampler, chunk, config, seeds)
+            rows = [[t.reward for t in row] for row in samples]
+        for problem, row in zip(chunk, rows, strict=True):
+            rewards.append([max(row or [policy.grade(problem, [])], key=lambda reward: reward.value)])
         usage += used
     return Score.of(rewards, usage)
+
+
+def chunks(problems: list[Problem], seed: int, what: str, progress: bool) -> Iterator[tuple[list[Problem], list[int]]]:
+    """Some problems at a time, and a seed for each."""
+    for start in tqdm(range(0, len(problems), CHUNK), desc=what, leave=False, disable=not progress):
+        chunk = problems[start : start + CHUNK]
+        yield chunk, [stream(seed, start + i) for i in range(len(chunk))]
 
 
 def best_of_budget(
     policy: Policy, sampler: Sampler, problems: list[Problem], config: SearchConfig, seeds: list[int]
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """For each problem the samples that are `paid` from config.token_budget. They are drawn in blocks of 8; usage
-    counts the tokens of those that are paid."""
+    """For each problem the samples that config.token_budget pays for, drawn 8 at a time. Usage counts the tokens of
+    those samples alone."""
     rows: list[list[Trajectory]] = [[] for _ in problems]
-    going, seconds, block = list(range(len(problems))), 0.0, 0
-    while going:
-        some, streams = [problems[i] for i in going], [stream(seeds[i], block) for i in going]
-        drawn, used = complete(policy, sampler, some, 8, streams, config.max_tokens, config.temperature, "best-of-n")
-        for i, more in zip(going, drawn, strict=True):
-            rows[i] = paid(rows[i] + more, config.token_budget)
+    params = SamplingParams(8, config.max_tokens, config.temperature)
+    unfinished, seconds, block = list(range(len(problems))), 0.0, 0
+    while unfinished:
+        chunk, streams = [problems[i] for i in unfinished], [stream(seeds[i], block) for i in unfinished]
+        drawn, used = complete(policy, sampler, chunk, streams, params, policy.grade)
+        for i, more in zip(unfinished, drawn, strict=True):
+            rows[i] = within_budget(rows[i] + more, config.token_budget)
         block, seconds = block + 1, seconds + used.seconds
-        going = [i for i in going if len(rows[i]) == 8 * block and not rows[i][-1].reward.correct]
+        unfinished = [i for i in unfinished if len(rows[i]) == 8 * block and not rows[i][-1].reward.correct]
     generated = sum(len(t.completion) for row in rows for t in row)
     return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
 
 
-def paid(samples: list[Trajectory], budget: int) -> list[Trajectory]:
+def within_budget(samples: list[Trajectory], budget: int) -> list[Trajectory]:
     """The first samples that fit into a budget of tokens, at least one, and none after a right one."""
     spent = 0
     for count, sample in enumerate(samples):
@@ -182,27 +123,22 @@ def paid(samples: list[Trajectory], budget: int) -> list[Trajectory]:
     return samples
 
 
-@dataclass
-class EvaluateConfig:
-    """Evaluate a run, a saved policy or a Hugging Face model on Countdown, with or without search."""
+# ------------------------------------------------------------------------------------------------ command line
 
-    model: tyro.conf.Positional[str] = str(TINY)  # a run folder, a policy's folder or a Hugging Face name
-    search: str = "none"  # none, mcts, best-of-n
-    budget: tuple[int, ...] = (1024,)  # tokens a problem, with search; a search for each
+
+@dataclass
+class Evaluation:
+    """Evaluate a run, a saved policy or a Hugging Face model on Countdown. --search none, mcts or best-of-n."""
+
+    model: tyro.conf.Positional[str] = TINY  # a run folder, a policy's folder or a Hugging Face name
+    method: str = "none"  # none (the policy alone), mcts, best-of-n; --search is the same
     data: Path | None = None  # JSONL problems, all of them; default: the test split
     problems: int = 820  # of the test split
-    skip: int = 0  # before them; those after the first 820 have decided nothing yet
-    size: int = 4  # numbers in one of its problems
-    samples: int = 16  # completions a problem, without search
+    skip: int = 0  # before them; problems after the first 820 have decided nothing yet
+    size: int = 4  # numbers in a problem of the test split
     temperature: float = 1.0
-    max_tokens: int = 64  # of a completion
-    simulations: int = 1024  # visits a tree at most, with mcts
-    children: int = 3
-    distinct: bool = False  # children drawn without replacement
-    min_p: float = 0.0  # of distinct children: as in training (mcts.py)
-    prior: str = "sum"  # mean, sum, count, uniform
-    workers: int = 1
-    sampler: str = "auto"  # auto (vllm where it is installed with a GPU, but for nf4 and distinct), torch, vllm
+    max_tokens: int = 64  # tokens of an answer at most
+    sampler: str = "auto"  # torch, vllm; auto: vllm where it is installed with a GPU and can draw what is asked
     dtype: str = "float32"  # of the weights: float32, bfloat16
     quantize: str = "none"  # linear layers: none, nf4
     rows: int = 1024  # sequences that the torch sampler decodes together
@@ -214,79 +150,130 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_choices(
-            self, search=("none", "mcts", "best-of-n"), sampler=("auto", "torch", "vllm"),
-            dtype=("float32", "bfloat16"), quantize=("none", "nf4"),
-        )  # fmt: skip
+            self, sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4")
+        )
         check_game(size=self.size, seed=self.seed)
-        check(self, "at least", 1, "problems samples budget rows")
+        check(self, "at least", 1, "problems rows max_tokens")
         check(self, "at least", 0, "kept skip")
-        check(self, "above", 0, "cache_gb")
-        self.tree(self.budget[0])
+        check(self, "above", 0, "cache_gb temperature")
+        if self.data and (self.problems, self.skip, self.size) != (820, 0, 4):
+            raise ValueError("--data brings its own problems: leave out --problems, --skip and --size")
         if self.out:
             check_writable(self.out)
 
-    def unread(self) -> dict[str, str]:
-        """The options that this search, or problems from a file, have no use for."""
-        of_split = ("--problems", "--skip", "--size") if self.data else ()
-        return dict.fromkeys(UNREAD[self.search].split(), f"--search {self.search}") | dict.fromkeys(of_split, "--data")
+    @property
+    def cutoff(self) -> float | None:
+        return None
 
-    def tree(self, budget: int) -> SearchConfig:
-        """The settings of a search with so many tokens a problem."""
-        shared = ("simulations", "children", "distinct", "min_p", "prior", "workers", "temperature", "max_tokens")
-        return SearchConfig(token_budget=budget, until_right=True, **{name: getattr(self, name) for name in shared})
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens of an answer, before a search cuts its last step to the limit."""
+        return self.max_tokens
+
+    def search(self, token_budget: int) -> SearchConfig:
+        """What a search with so many tokens a problem reads."""
+        return SearchConfig(temperature=self.temperature, max_tokens=self.max_tokens, token_budget=token_budget)
 
 
-def scores(config: EvaluateConfig) -> Iterator[Score]:
+@dataclass
+class PolicyEvaluation(Evaluation):
+    __doc__ = Evaluation.__doc__
+    samples: int = 16  # answers a problem, k
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least", 1, "samples")
+
+
+@dataclass
+class BestOfNEvaluation(Evaluation):
+    __doc__ = Evaluation.__doc__
+    budget: tuple[int, ...] = (1024,)  # tokens a problem; a search for each
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "at least", 1, "budget")
+
+
+@dataclass
+class TreeEvaluation(BestOfNEvaluation):
+    __doc__ = Evaluation.__doc__
+    tree: TreeConfig = TreeConfig(simulations=1024, children=3, workers=1, prior="sum")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.search(self.budget[0])  # settings that do not go together
+
+    @property
+    def cutoff(self) -> float | None:
+        return self.tree.cutoff
+
+    @property
+    def drawn_tokens(self) -> int:
+        return self.max_tokens + self.tree.step_tokens - 1
+
+    def search(self, token_budget: int) -> SearchConfig:
+        return replace(
+            SearchConfig(**vars(self.tree), temperature=self.temperature, max_tokens=self.max_tokens),
+            token_budget=token_budget,
+            until_right=True,
+        )
+
+
+EVALUATIONS = {"none": PolicyEvaluation, "mcts": TreeEvaluation, "best-of-n": BestOfNEvaluation}
+
+
+def parse(args: list[str]) -> Evaluation:
+    """The settings of an evaluation from a command line."""
+    args = normalized(args)
+    method = given(args, "--method", "none")
+    if method not in EVALUATIONS:
+        fail(f"search must be one of {', '.join(EVALUATIONS)}, not {method!r}")
+    others = {name for kind in EVALUATIONS.values() for name in option_names(kind())}
+    default = EVALUATIONS[method](method=method)
+    return read_config(type(default), args, default, {name: f"--search {method}" for name in others})
+
+
+def scores(config: Evaluation) -> Iterator[Score]:
     """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be."""
-    folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
-    run = next((runs.read_settings(folder) for folder in folders if runs.log_of(folder)), {})
-    if run.get("split") == "post" and not config.data:
-        raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
-    if (most := run.get("max_tokens", 0)) > config.max_tokens:
-        raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
-    if (size := run.get("size", config.size)) != config.size and not config.data:
-        raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
+    check_run(config)
     if config.data:
         problems = read_problems(config.data)
     else:
         problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
     device = pick_device(config.device)
-    engine = pick_sampler(config, device, config.search == "mcts" and config.distinct)
+    engine = pick_sampler(config, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
     tokenizer = read_tokenizer(folder, base)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)
-    drawn = config.tree(1).drawn_tokens if config.search == "mcts" else config.max_tokens
-    check_context(context_of(read_model_config(folder, base)), longest, drawn)
+    check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
-    context = longest + config.max_tokens
-    sampler = make_sampler(engine, policy, context, config.rows, config.kept, config.cache_gb, config.seed)
-    if config.search == "none":
-        yield evaluate(
-            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, config.seed, True
+    plan = SamplerPlan(engine, longest + config.max_tokens, config.rows, config.kept, config.cache_gb)
+    sampler, seed = make_sampler(plan, policy, config.seed), config.seed
+    if config.method == "none":
+        yield score_policy(
+            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, seed, progress=True
         )
         return
     for budget in config.budget:
-        yield evaluate_search(policy, sampler, problems, config.search, config.tree(budget), config.seed, True)
+        yield score_search(policy, sampler, problems, config.method, config.search(budget), seed, progress=True)
 
 
-def main() -> None:
-    config = runs.read_config(EvaluateConfig)
-    found = []
-    try:
-        for score in scores(config):
-            found.append(asdict(score))
-            if config.out:  # first: what reads the lines below may be gone
-                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
-                told = asdict(config) | used | {"scores": found, "provenance": runs.provenance()}
-                runs.write(config.out, json.dumps(told, default=str))
-            tell(config, score)
-    except torch.OutOfMemoryError:
-        runs.fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
+def check_run(config: Evaluation) -> None:
+    """ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
+    folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
+    task = next((read_settings(folder).get("task", {}) for folder in folders if log_of(folder)), {})
+    if task.get("split") == "post" and not config.data:
+        raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
+    if (most := task.get("max_tokens", 0)) > config.max_tokens:
+        raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
+    if (size := task.get("size", config.size)) != config.size and not config.data:
+        raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
 
 
-def tell(config: EvaluateConfig, score: Score) -> None:
+def show(config: Evaluation, score: Score) -> None:
     usage = score.usage
-    print(f"{config.model}, search={config.search}: {score.line()}")
+    print(f"{config.model}, search={config.method}: {score.line()}")
     print(
         f"{usage.generated / score.problems:.0f} tokens generated a problem, "
         f"{usage.prefilled / score.problems:.0f} prefilled, {usage.valued / score.problems:.0f} read by the critic; "
@@ -294,5 +281,20 @@ def tell(config: EvaluateConfig, score: Score) -> None:
     )
 
 
+def main() -> None:
+    config = parse(sys.argv[1:])
+    done = []
+    try:
+        for score in scores(config):
+            done.append(asdict(score))
+            if config.out:  # before the lines below: whoever reads them may be gone
+                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
+                result = asdict(config) | used | {"scores": done, "provenance": provenance()}
+                write(config.out, json.dumps(result, default=str))
+            show(config, score)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
+
+
 if __name__ == "__main__":
-    runs.command(main)
+    command(main)

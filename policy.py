@@ -1,12 +1,12 @@
 """The policy: a causal language model, its value head and its tokenizer.
 
-One base model serves three roles. Adapter on (or trained weights) is the policy pi, adapter off is the frozen
-reference of the KL penalty, and the same value head on the same final hidden state is the critic of the search and
-of the trainer. Trainable weights are fp32; frozen ones may be fp32, bf16 or, under LoRA, 4-bit NF4 (QLoRA, Dettmers et
-al. 2023). Logits are computed in chunks and never for a whole batch at once.
+One base model has three roles. With its adapter on (or with its trained weights) it is the policy pi. With the adapter
+off it is the frozen reference of the KL penalty. The value head reads the same final hidden states and is the critic,
+of the search and of the trainer. Trainable weights are fp32. Frozen weights are fp32, bf16 or, under LoRA, 4-bit NF4
+(QLoRA, Dettmers et al. 2023). Logits are computed in chunks: [B, T, V] never exists.
 
-Deviations from the post: one critic with one normalisation (the original trained with a LayerNorm that its search
-left out), fp32 trainable weights instead of bf16, and a value head whose gradient stops at the backbone by default.
+Where this differs from the post: one critic with one normalisation (the post's training had a LayerNorm that its search
+left out), fp32 trainable weights where the post has bf16, and the value loss does not train the backbone by default.
 """
 
 import copy
@@ -110,9 +110,9 @@ class Policy(nn.Module):
         ended = completion[-1:] and completion[-1] in self.stop_ids
         return self.tokenizer.decode(completion[:-1] if ended else completion)
 
-    def grade(self, problem: Problem, completion: list[int], strict: bool = True, exact: bool = False) -> Reward:
-        """The verifier's reward of a completion given as token ids; if `exact`, a near miss earns nothing."""
-        reward = verify(self.decode(completion), problem, strict)
+    def grade(self, problem: Problem, completion: list[int], exact: bool = False) -> Reward:
+        """The verifier's reward of a completion, given as token ids; with `exact` a near miss earns nothing."""
+        reward = verify(self.decode(completion), problem)
         return reward.exact() if exact else reward
 
     # -------------------------------------------------------------------------------------------- forward passes
@@ -155,10 +155,10 @@ class Policy(nn.Module):
     def values(self, states: list[list[int]]) -> list[float]:
         """The critic: V(s) in [-1, 1] of each state, a token sequence, from its last token."""
         values = [0.0] * len(states)
-        for some in batches([len(state) for state in states], CRITIC_TOKENS):
-            ids, attention = left_pad([states[i] for i in some], self.tokenizer.pad_token_id, self.device)
+        for group in group_by_length([len(state) for state in states], CRITIC_TOKENS):
+            ids, attention = left_pad([states[i] for i in group], self.tokenizer.pad_token_id, self.device)
             hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
-            for i, value in zip(some, self.value_head(hidden).tolist(), strict=True):
+            for i, value in zip(group, self.value_head(hidden).tolist(), strict=True):
                 values[i] = value
         return values
 
@@ -170,38 +170,22 @@ class Policy(nn.Module):
         completion = (torch.arange(width, device=self.device) >= (width - lengths)[:, None]).float()  # [B, T]
         return Batch(ids, attention, completion)
 
-    def logprobs_and_values(
-        self, batch: Batch, temperature: float = 1.0, value_gradient: bool = False, critic: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi(a_t | s_t) at `temperature`, V(s_t) and the entropy of pi(. | s_t), each [B, T] over the completion;
-        s_t is the state before token t. The entropy carries no gradient; V's stops at the backbone by default. Without
-        `critic` V is 0 and costs nothing."""
-        with self.recomputing():
-            targets, hidden = self._states(batch)
-        logprobs, entropy = chunked_logprobs(self.head, hidden, targets, temperature)
-        if not critic:
-            return logprobs, torch.zeros_like(logprobs), entropy
-        values = self.value_head(hidden if value_gradient else hidden.detach())
-        return logprobs, values, entropy
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The hidden states s_t [B, T, H] of a batch's completions, and the tokens a_t [B, T] that followed them."""
+        width = batch.completion.shape[1]
+        with self.recomputing() if torch.is_grad_enabled() else nullcontext():
+            hidden = self.hidden(batch.ids, batch.attention, use_cache=False).last_hidden_state
+        return hidden[:, -width - 1 : -1], batch.ids[:, -width:]
+
+    def logprobs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log pi(a_t | s_t) at `temperature`, and the entropy of pi(. | s_t) without gradient. [B, T] each"""
+        return chunked_logprobs(self.head, hidden, tokens, temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """log pi_ref(a_t | s_t) [B, T] of the frozen initial model."""
+        """log pi_ref(a_t | s_t) of the frozen initial model. [B, T]"""
         with self.as_reference():
-            targets, hidden = self._states(batch)
-            return chunked_logprobs(self.head, hidden, targets, temperature)[0]
-
-    def state_values(self, batch: Batch, value_gradient: bool = False) -> Tensor:
-        """V(s_t) [B, T] alone, without the vocabulary head; its gradient stops at the backbone by default."""
-        with self.recomputing(), nullcontext() if value_gradient else torch.no_grad():
-            _, hidden = self._states(batch)
-        return self.value_head(hidden)
-
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The completion's tokens [B, T] and the hidden states they were predicted from [B, T, H]."""
-        width = batch.completion.shape[1]
-        hidden = self.hidden(batch.ids, batch.attention, use_cache=False).last_hidden_state
-        return batch.ids[:, -width:], hidden[:, -width - 1 : -1]
+            return self.logprobs(*self.states(batch), temperature)[0]
 
     # -------------------------------------------------------------------------------------------- weights
 
@@ -240,8 +224,8 @@ class Policy(nn.Module):
                 self.lm.tie_weights()
             self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
         except RuntimeError as error:
-            told = " ".join(str(error).split())[:120]
-            raise ValueError(f"{folder}: weights do not fit the model: go on with its own settings ({told})") from None
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{folder}: weights do not fit the model: go on with its own settings ({reason})") from None
 
 
 def read_tensors(file: Path) -> dict:
@@ -279,17 +263,16 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
 
 
-def batches(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
-    """Indices in groups of similar length, longest first, of at most `tokens` each, padding included, of which it is
-    at most the share `padding` (but one row at least)."""
-
-    def takes(group: list[int], i: int) -> bool:
-        area = lengths[group[0]] * (len(group) + 1)
-        return area <= tokens and area - sum(lengths[j] for j in group) - lengths[i] <= padding * area
-
+def group_by_length(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, the longest first. A group has at most `tokens` tokens with its
+    padding, at most the share `padding` of them padding, and at least one sequence."""
     groups: list[list[int]] = []
+    area = filled = 0  # tokens of the last group with and without padding, if the next sequence joins it
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and takes(groups[-1], i):
+        if groups:
+            area = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            filled = sum(lengths[j] for j in groups[-1]) + lengths[i]
+        if groups and area <= tokens and area - filled <= padding * area:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -1,282 +1,348 @@
-"""Tree search distillation: search, keep the search's choice, train the policy on it, repeat.
+"""Tree search distillation: search, teach the policy what the search has found, repeat.
 
-    python ppo.py --search mcts                    # distil tree search (preset tiny without a GPU, else qwen1.5b)
-    python ppo.py --search none                    # plain PPO on single samples, for comparison: with one update a
-                                                   # step, REINFORCE with a learnt baseline
+    python ppo.py --search mcts                    # distil tree search
+    python ppo.py --search none                    # single samples without a search, for comparison
     python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
-
-One step: `collect` turns problems into trajectories, `update` (learner.py: the losses) turns trajectories into new
-weights. Every method of the kit (baselines.py too) differs in `collect` alone (GRPO in its loss; presets in rate,
-reward and size of a step); the trainer is shared, and every generated and prefilled token is counted.
 """
 
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+
+if __name__ == "__main__":
+    from runtime.cli import answer_help
+
+    answer_help(__doc__, "mcts")
+
+import math
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import explorer
-import ranks
-import runs
-from cluster import Collected, collecting
-from config import Config, parse
-from countdown import Problem, Reward
+from config import Config, LearningConfig, TaskConfig
+from countdown import Problem
 from distill import LESSONS
-from evaluate import Score
-from guard import Guard
-from learner import follow_updates, update
-from loading import pick_device
-from mcts import search
-from parts import draw, prepare, record
-from policy import Policy
-from sampling import Distinct, Sampler, Trajectory, Usage, complete
+from evaluate import score_policy
+from mcts import plant, search
+from policy import Batch, Policy
+from runtime import trees as tree_files
+from runtime.cli import command
+from runtime.guard import Stopped
+from runtime.launch import Trainer, launch
+from runtime.micro_batches import MicroBatches, merge
+from runtime.session import Session
+from sampling import Grade, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
 
-BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+IMPORTANCE_CAP = 2.0  # of pi_trainer / pi_sampler, with old_logprobs "truncated"
+MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a step warns, nats a token
 
-# ------------------------------------------------------------------------------------------------ collecting
+# ------------------------------------------------------------------------------------------------ collect
+
+Collected = tuple[list[Trajectory], Usage, dict[str, float]]  # what to learn from, what it cost, metrics
 
 
 def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-    """One tree a problem; the trainer gets what `config.distill` makes of it."""
-    seeds = rng.integers(2**63, size=len(problems)).tolist()
-    prompts = [policy.encode(problem) for problem in problems]
-    settings = config.search_config
-    trees, usage = search(problems, prompts, sampler, sampler.values, grader(policy, config), settings, seeds)
-    trajectories = [
-        Trajectory(
-            problem=tree.problem,
-            prompt=tree.prompt,
-            completion=lesson.answer.completion(),
-            logprobs=[logprob for node in lesson.answer.path() for logprob in node.logprobs],
-            reward=lesson.answer.reward,
-            version=policy.version,
-            source=config.distill,
-            advantages=lesson.advantages,
-            returns=lesson.returns,
-            critic_only=lesson.critic_only,
-        )
-        for tree in trees
-        for lesson in LESSONS[config.distill](tree, settings)
-    ]
-    if config.dump_trees:
+    """Search a tree a problem; the trajectories are what `config.distill.lesson` makes of the trees."""
+    trees = plant(policy, problems, rng.integers(2**63, size=len(problems)).tolist())
+    usage = search(trees, sampler, grader(policy, config.task), config.search)
+    trajectories = [t for tree in trees for t in LESSONS[config.distill.lesson](tree, config.search)]
+    if config.distill.dump_trees:
         file = config.folder / "trees" / f"{policy.version:06d}.json"
-        explorer.dump(trees[: config.dump_trees], policy, settings, file)
+        tree_files.dump(trees[: config.distill.dump_trees], policy, config.search, file)
     statistics = [tree.statistics() for tree in trees]
-    info = {f"tree_{key}": float(np.mean([row[key] for row in statistics])) for key in statistics[0]}
-    if not info["tree_answers"]:
-        tqdm.write("warning: no tree of this step has an answer to teach: see --tree.simulations")
-    return trajectories, usage, info
+    metrics = {f"tree_{name}": float(np.mean([row[name] for row in statistics])) for name in statistics[0]}
+    if not metrics["tree_answers"]:
+        tqdm.write("warning: no tree of this step has an answer to teach: try more --simulations")
+    return trajectories, usage, metrics
 
 
 def collect_samples(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-    """No search: one sample a problem (plain PPO)."""
-    rows, usage = sample_rows(policy, sampler, problems, 1, config, rng)
+    """No search: one sample a problem."""
+    rows, usage = sample_answers(policy, sampler, problems, 1, config, rng)
     return [row[0] for row in rows], usage, {}
 
 
-def sample_rows(policy, sampler, problems, n: int, config: Config, rng) -> tuple[list[list[Trajectory]], Usage]:
-    """`n` graded completions of each problem, as the run's settings say."""
-    seeds, grade = rng.integers(2**63, size=len(problems)).tolist(), grader(policy, config)
-    distinct = Distinct(config.min_p) if config.min_p else None
-    shared = config.max_tokens, config.temperature, config.search, grade, distinct
-    return complete(policy, sampler, problems, n, seeds, *shared)
+def sample_answers(policy, sampler, problems, n: int, config: Config, rng) -> tuple[list[list[Trajectory]], Usage]:
+    """`n` graded answers of each problem."""
+    seeds = rng.integers(2**63, size=len(problems)).tolist()
+    params = SamplingParams(n, config.task.max_tokens, config.learning.temperature, cutoff=config.cutoff)
+    return complete(policy, sampler, problems, seeds, params, grader(policy, config.task))
 
 
-def grader(policy: Policy, config: Config) -> Callable[[Problem, list[int]], Reward]:
-    """The verifier as the run's settings want it: strict or not, its reward dense or exact."""
-    return partial(policy.grade, strict=config.strict, exact=config.reward == "exact")
+def grader(policy: Policy, task: TaskConfig) -> Grade:
+    """The verifier, with the task's reward."""
+    return partial(policy.grade, exact=task.reward == "exact")
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------ losses
 
 
-def train(config: Config, collect: Callable[..., Collected], resume: bool = False) -> dict[str, Score]:
-    """Run a method to the end of its budget; returns the test scores before and after."""
-    parts = prepare(config)
-    policy, sampler, optimizer, data = parts.policy, parts.sampler, parts.optimizer, parts.data["train"]
-    bar = tqdm(total=100, desc=config.search, bar_format=BAR)
-    with bar, runs.Run(config.folder, config, resume) as run:
-        state = parts.load(run)
-        if run.restored:
-            run.write_config()
-        ranks.synchronize(policy, optimizer)
-        state["progress"] = progress(state, config)
-        bar.n = bar.initial = int(100 * state["progress"])
-        guard = Guard(config.max_kl, config.patience)
-        for row in runs.read_metrics(run.folder) if resume else []:
-            guard.check(row)
-        scores = {}
-        if config.test_before:
-            state["before"] = state.get("before") or asdict(parts.test(run, state, "before"))
-            scores["before"] = Score.read(state["before"])
-        if not run.restored:
-            run.checkpoint(parts.save, state)
+def gae(reward: Tensor, values: Tensor, mask: Tensor, lam: float = 1.0) -> Tensor:
+    """Advantages A_t, for one reward R at the end and gamma = 1 (Schulman et al. 2016, eq. 16). [B, T]
 
-        while state["progress"] < 1:
-            began, cpu, before = time.perf_counter(), time.process_time(), state["progress"]
-            problems, rng = draw(data, config, state["step"])
-            trajectories, usage, info = collect(policy, sampler, problems, config, rng)
-            for trajectory in trajectories:
-                trajectory.critic_only |= not (config.failures or trajectory.reward.correct)
-            set_rates(optimizer, state, config)
-            sampler.rest()
-            collected = time.perf_counter()
-            try:
-                losses = update(policy, optimizer, trajectories, config, state["micro_tokens"]) if trajectories else {}
-            except runs.Stopped as reason:
-                record(run, state | {"step": state["step"] + 1}, {"stopped": str(reason)})
-                raise
-
-            ended = time.perf_counter()
-            advance(state, usage, losses, ended - began, config)
-            policy.version = state["step"]
-            row = summarize(trajectories) | info | losses | costs(usage, ended - collected, parts.device)
-            row["cpu_seconds"] = time.process_time() - cpu
-            if is_due(before, state["progress"], config.evaluations):
-                row |= parts.validate(run, state)
-            if reason := guard.check(row):
-                row["stopped"] = reason
-            record(run, state, row)
-            if reason:
-                raise runs.Stopped(f"step {state['step']}: {reason}")
-            if is_due(before, state["progress"], config.checkpoints):
-                run.checkpoint(parts.save, state)
-            show(bar, state, row)
-        bar.close()
-        run.publish("policy", policy.save)
-        scores["after"] = parts.test(run, state, "after")
-    print(report(scores, state, config))
-    return scores
+    delta_t = V(s_t+1) - V(s_t), with R in place of V(s_t+1) at the last token; A_t = sum_k lam^k delta_t+k. With
+    lam = 1 this is R - V(s_t). reward: [B]; values, mask: [B, T], each row's last token in column T - 1.
+    """
+    following = torch.cat([values[:, 1:], reward[:, None]], 1)  # [B, T]
+    delta = (following - values) * mask
+    advantage, running = torch.zeros_like(values), torch.zeros_like(reward)
+    for t in reversed(range(values.shape[1])):
+        running = delta[:, t] + lam * running
+        advantage[:, t] = running
+    return advantage * mask
 
 
-# ------------------------------------------------------------------------------------------------ a step's mechanics
+def cispo_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """-min(ratio, clip).detach() * A * log pi, ratio = pi / pi_old (MiniMax-M1 2025, eq. 4-5). All [B, T]."""
+    ratio = (logprobs - old).exp().clamp(max=clip).detach()
+    return -ratio * advantage * logprobs
 
 
-def is_due(before: float, after: float, times: int) -> bool:
-    """Whether a step from one share of the budget to another has passed one of `times` evenly spaced points."""
-    return int(before * times + 1e-9) < int(after * times + 1e-9)  # 0.29 * 100 is 28.999999999999996
+def ppo_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi / pi_old (Schulman et al. 2017, eq. 7). All [B, T]."""
+    ratio = (logprobs - old).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, state: dict, config: Config) -> None:
-    """The schedule: warm-up by steps, decay by the share of the budget that is spent."""
-    warmup = min(1.0, (state["step"] + 1) / max(config.warmup, 1))
-    decay = 1 - state["progress"] if config.schedule == "linear" else 1.0
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """exp(D) - D - 1 >= 0 with D = log pi_ref - log pi: Schulman's k3 estimate of KL(pi || pi_ref). All [B, T]."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def token_weights(mask: Tensor, normalize: str, lengths: list[int]) -> Tensor:
+    """Weights that make a sum over the tokens of a step an average. `lengths`: of all the step's answers. [B, T]
+
+    "sequence" averages over the tokens of an answer, then over answers; "token" over all tokens alike.
+    """
+    if normalize == "token":
+        return mask / max(sum(lengths), 1)
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(len(lengths), 1)
+
+
+def batch_loss(policy: Policy, batch: "LessonBatch", learning: LearningConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss of its step, and the parts of it for the metrics.
+
+        L = -min(ratio, clip).detach() A_t log pi(a_t) + 0.05 (exp(D) - D - 1)     where it teaches the policy
+          + (V(s_t) - R)^2                                                         where it teaches the critic
+
+    each averaged over tokens, with ratio = pi / pi_sampler and D = log pi_ref - log pi (the post).
+    """
+    mask, loss, metrics = batch.tokens.completion, 0.0, {}  # [B, T]
+    value_gradient = bool(learning.critic and learning.critic.value_gradient)
+    with torch.set_grad_enabled(batch.teaches_policy or value_gradient):
+        hidden, tokens = policy.states(batch.tokens)  # [B, T, H], [B, T]
+    if batch.teaches_policy:
+        logprobs, entropy = policy.logprobs(hidden, tokens, learning.temperature)  # [B, T] each
+        clipped_loss = cispo_loss if learning.loss == "cispo" else ppo_loss
+        policy_loss = clipped_loss(logprobs, batch.old, batch.advantage, learning.clip)  # [B, T]
+        parts = {"policy_loss": policy_loss, "entropy": entropy, "ratio": (logprobs - batch.old).exp()}
+        total = policy_loss
+        if learning.kl_coefficient:
+            parts["kl"] = kl_k3(logprobs * mask, batch.reference * mask)  # padding may be far from it
+            total = total + learning.kl_coefficient * parts["kl"]
+        loss = (total * batch.policy_weights).sum()
+        metrics = {name: (part.detach() * batch.policy_weights).sum() for name, part in parts.items()}
+        disagreement = ((logprobs - batch.sampled) * mask).detach().abs()  # [B, T]
+        metrics |= {"disagreement_mean": disagreement.sum() / batch.policy_tokens}
+        metrics |= {"disagreement_max": disagreement.max()}
+    if batch.teaches_critic:
+        values = policy.value_head(hidden if value_gradient else hidden.detach())  # [B, T]
+        value_loss = ((values - batch.returns) ** 2 * batch.critic_weights).sum()
+        loss, metrics["value_loss"] = loss + value_loss, value_loss.detach()
+    return loss, metrics
+
+
+# ------------------------------------------------------------------------------------------------ update
+
+NORMS = ("gradient_norm", "value_gradient_norm")  # of the optimiser's groups
+
+
+def teaches_policy(trajectory: Trajectory, learning: LearningConfig) -> bool:
+    """Right answers alone teach the policy. With `failures` wrong ones do too (the post)."""
+    return not trajectory.critic_only and (learning.failures or trajectory.reward.correct)
+
+
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights of the model and, at a rate of its own, the value head. A weight without a
+    gradient does not move in that step."""
+    groups = [{"params": [p for p in policy.lm.parameters() if p.requires_grad], "lr": config.learning.learning_rate}]
+    if config.learning.critic:
+        rate = config.learning.critic.value_learning_rate
+        groups.append({"params": list(policy.value_head.parameters()), "lr": rate})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if config.machine.optimizer == "paged-adamw8bit":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning: LearningConfig, progress: Progress) -> None:
+    """The schedule: linear warm-up over steps, times a linear decay over the budget."""
+    warmup = min(1.0, (progress.step + 1) / max(learning.warmup, 1))
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * warmup * decay
+        group["lr"] = group["initial_lr"] * warmup * (1 - progress.share)
 
 
-def advance(state: dict, usage: Usage, losses: dict, seconds: float, config: Config) -> None:
-    """Count a step and what it cost."""
-    state["step"] += 1
-    state["seconds"] += seconds
-    state["micro_tokens"] = losses.get("micro_tokens", state["micro_tokens"])
-    for name in ("generated", "prefilled", "valued"):
-        state[name] += getattr(usage, name)
-    state["progress"] = progress(state, config)
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    trajectories: list[Trajectory],
+    learning: LearningConfig,
+    micro: MicroBatches | None = None,
+) -> dict[str, float]:
+    """`inner_steps` optimiser steps on a step's trajectories; the policy's version goes up by one.
 
-
-def progress(state: dict, config: Config) -> float:
-    """The share of the budget that is spent, in [0, 1]."""
-    shares = [state[key] / limit for key, limit in (("generated", config.tokens), ("step", config.steps)) if limit]
-    return min(1.0, max(shares))
-
-
-def summarize(trajectories: list[Trajectory]) -> dict[str, float]:
-    """What the trainer was given this step."""
-    if not trajectories:
-        return {"trajectories": 0}
-    row = {
-        "trajectories": len(trajectories),
-        "reward": float(np.mean([t.reward.value for t in trajectories])),
-        "correct": float(np.mean([t.reward.correct for t in trajectories])),
-        "parsed": float(np.mean([t.reward.parsed for t in trajectories])),
-        "length": float(np.mean([len(t.completion) for t in trajectories])),
-        "identical": 1 - len({tuple(t.completion) for t in trajectories}) / len(trajectories),
-    }
-    if wrong := [t.reward.value for t in trajectories if not t.reward.correct]:
-        row["wrong_reward"] = float(np.mean(wrong))
-    return row
-
-
-def costs(usage: Usage, update_seconds: float, device: str) -> dict[str, float]:
-    """Where a step's time went, and the most of the GPU's memory that was held since the last one."""
-    row = {"tokens_per_second": usage.generated / max(usage.seconds, 1e-9), "sampler_seconds": usage.seconds}
-    row |= {"critic_seconds": usage.critic_seconds, "update_seconds": update_seconds}
-    if device.startswith("cuda"):
-        # PyTorch's, without CUDA's own; vLLM's sleeping share counts too
-        row["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-    return row
-
-
-def show(bar: tqdm, state: dict, row: dict) -> None:
-    """How far the run is, its best evaluation, the step's reward."""
-    shown = {"best": f"{state['best']:.1%}"} if state["best"] >= 0 else {}
-    shown |= {"reward": f"{row.get('reward', 0):+.2f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
-    bar.set_postfix(shown)
-    bar.update(min(100, 100 * state["progress"]) - bar.n)
-
-
-def report(scores: dict[str, Score], state: dict, config: Config) -> str:
-    """The table at the end of a run, and what to do next."""
-    lines = [f"\n{config.search} ({config.preset}, seed {config.seed}), {config.test_problems} held-out problems"]
-    lines += [f"  {when:7s} {score.line()}" for when, score in scores.items()]
-    minutes, trees = state["seconds"] / 60, " --children 8 --distinct --min-p 0.02" if config.tree.distinct else ""
-    best = "best/, " * (config.evaluations > 0)
-    lines += [
-        f"  {state['step']} steps, {state['generated']:,} tokens generated, {state['prefilled']:,} prefilled, "
-        f"{state['valued']:,} read by the critic, {minutes:.1f} min",
-        f"  {config.folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
-    ]
-    if config.split != "post":  # whose test problems it has seen
-        lines.append(
-            f"  next: python evaluate.py {config.folder} --search mcts --budget 1024{trees} "
-            f"--prior {config.tree.prior} --size {config.size} --max-tokens {config.max_tokens} "
-            f"--temperature {config.temperature} --dtype {config.dtype} --quantize {config.quantize}"
+    Returns the last one's losses, averaged as `learning.normalize` says; the norms of the gradients; and how far the
+    sampler's log-probabilities were from the trainer's at first (`disagreement_mean`, `disagreement_max`). Stopped
+    where a loss or a gradient is not finite, before that optimiser step.
+    """
+    micro, metrics = micro or MicroBatches(), {}
+    batches = micro.fit(lambda: make_batches(policy, trajectories, learning, micro))
+    for inner_step in range(learning.inner_steps if trajectories else 0):
+        first, metrics = metrics, micro.fit(lambda: gradients(policy, optimizer, batches, learning, micro))
+        if inner_step:  # the weights have moved since
+            metrics |= {name: value for name, value in first.items() if name.startswith("disagreement")}
+        for name, group in zip(NORMS, optimizer.param_groups):
+            if any(parameter.grad is not None for parameter in group["params"]):
+                metrics[name] = torch.nn.utils.clip_grad_norm_(group["params"], learning.clip_gradient).item()
+        for name in ("policy_loss", "value_loss", "kl", *NORMS):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise Stopped(f"{name} is {metrics[name]} in update {policy.version + 1}, which was not made")
+        optimizer.step()
+    policy.version += 1
+    if not metrics.get("disagreement_mean", 0.0) <= MAX_DISAGREEMENT:  # NaN warns too
+        tqdm.write(
+            f"warning: sampler and trainer differ by {metrics['disagreement_mean']:.3f} nats a token (mean, above "
+            f"{MAX_DISAGREEMENT}): see --old-logprobs truncated, or --sampler torch"
         )
-    return "\n".join(lines)
+    return metrics
 
 
-# ------------------------------------------------------------------------------------------------ command line
+@dataclass
+class LessonBatch:
+    """A micro-batch of trajectories with the targets of their tokens. Its trajectories teach the same: policy, critic
+    or both. Tensors are [B, T], zero where `tokens.completion` is, and carry no gradient."""
+
+    tokens: Batch
+    teaches_policy: bool
+    teaches_critic: bool
+    sampled: Tensor  # log pi(a_t) of the sampler
+    old: Tensor  # log pi_old(a_t), the ratio's denominator
+    reference: Tensor  # log pi_ref(a_t)
+    advantage: Tensor  # A_t
+    returns: Tensor  # what V(s_t) should be
+    policy_weights: Tensor  # of A_t's loss; over a step's micro-batches they add up to 1
+    critic_weights: Tensor  # of the value loss, likewise
+    policy_tokens: int  # that teach the policy, in the whole step
+
+    def cut(self, tokens: int) -> list["LessonBatch"]:
+        """In pieces of at most `tokens` tokens each, or of one trajectory."""
+        size, length = self.tokens.ids.shape
+        rows = max(1, tokens // length)
+        return [self] if size <= rows else [self.rows(slice(i, i + rows)) for i in range(0, size, rows)]
+
+    def rows(self, rows: slice) -> "LessonBatch":
+        """Some of the trajectories, without the padding that the others needed."""
+        length, width = (int(mask[rows].sum(1).max()) for mask in (self.tokens.attention, self.tokens.completion))
+        tokens = Batch(*(x[rows, -n:] for x, n in zip(vars(self.tokens).values(), (length, length, width))))
+        tensors = {name: x[rows, -width:] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, tokens=tokens, **tensors)
 
 
-def run(collectors: dict[str, Callable[..., Collected]], args: list[str], method: str) -> None:
-    """Parse, refuse what is not this program's, print the configuration, train."""
-    config, resume = parse(args, method)
-    if config.search not in collectors:
-        runs.fail(f"this program runs {', '.join(collectors)}, not {config.search!r}")
-    if not resume:
-        runs.check_unused(config.folder)
-    elif runs.finished(config.folder):
-        if "--force" in args:
-            runs.fail(f"{config.folder} is finished: a new run can start from its policy, --model {config.folder}")
-        print(f"{config.folder} is finished: nothing is left to do")
-        return
-    if ranks.join(pick_device(config.device)):  # torchrun has started several processes, and this is not the first
-        parts = prepare(config)
-        return follow_updates(parts.policy, parts.optimizer, config)
-    print("\n".join(f"  {key:20s} {value}" for key, value in asdict(config).items()))
-    try:
-        with collecting(config, collectors[config.search]) as collect:
-            train(config, collect, resume)
-        ranks.leave()
-    except torch.OutOfMemoryError as error:
-        runs.fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
-    except runs.Stopped as reason:
-        raise runs.Stopped(f"{reason}; the last checkpoint is kept in {config.folder}") from None
-    except KeyboardInterrupt:
-        if (config.folder / "config.json").exists():
-            print(f"\ninterrupted; to go on: python {Path(sys.argv[0]).name} --resume {config.folder}", file=sys.stderr)
-        raise
+def make_batches(
+    policy: Policy, trajectories: list[Trajectory], learning: LearningConfig, micro: MicroBatches
+) -> list[LessonBatch]:
+    """A step's trajectories in micro-batches, those that teach the policy first; this process's share of them."""
+    if len({(t.advantages is None, t.returns is None) for t in trajectories}) > 1:
+        raise ValueError("a step's trajectories must all have advantages, or none, and so with returns")
+    taught = [t for t in trajectories if teaches_policy(t, learning)]
+    critic_only = [t for t in trajectories if t.teaches_critic and not teaches_policy(t, learning)]
+    lengths = [len(t.completion) for t in taught], [len(t.completion) for t in trajectories if t.teaches_critic]
+    return [make_batch(policy, group, learning, lengths) for group in [*micro.cut(taught), *micro.cut(critic_only)]]
+
+
+@torch.no_grad()
+def make_batch(policy: Policy, group: list[Trajectory], learning: LearningConfig, lengths) -> LessonBatch:
+    """The targets of a micro-batch: advantages, returns, old and reference log-probabilities, from the weights as they
+    are before the step's first update. `lengths`: of the answers that teach the policy, and the critic, in the step."""
+    batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
+    mask, first = batch.completion, group[0]  # [B, T]
+    sampled = old = right_align([t.logprobs for t in group], mask)
+    learns = teaches_policy(first, learning)
+    recompute = learns and learning.old_logprobs != "recorded"
+    if recompute or first.advantages is None:
+        hidden, tokens = policy.states(batch)  # [B, T, H], [B, T]
+    if recompute:
+        old = policy.logprobs(hidden, tokens, learning.temperature)[0] * mask
+    if first.advantages is None:
+        values = policy.value_head(hidden)  # [B, T]
+        reward = torch.tensor([t.reward.value for t in group], device=policy.device)  # [B]
+        advantage = gae(reward, values, mask)
+        returns = advantage + values
+    else:
+        advantage = returns = right_align([t.advantages for t in group], mask)
+    if first.returns is not None:
+        returns = right_align([t.returns for t in group], mask)
+    if learning.old_logprobs == "truncated":  # truncated importance sampling (Yao et al. 2025)
+        advantage = advantage * (old - sampled).exp().clamp(max=IMPORTANCE_CAP)
+    reference = policy.reference_logprobs(batch, learning.temperature) if learns and learning.kl_coefficient else old
+    policy_lengths, critic_lengths = lengths
+    return LessonBatch(
+        batch,
+        learns,
+        first.teaches_critic and learning.critic is not None,
+        sampled,
+        old,
+        reference,
+        advantage,
+        returns,
+        token_weights(mask, learning.normalize, policy_lengths),
+        token_weights(mask, learning.normalize, critic_lengths),
+        sum(policy_lengths),
+    )
+
+
+def right_align(rows: list[list[float]], mask: Tensor) -> Tensor:
+    """Rows of numbers, one a token, as a tensor of the mask's shape and device, zeros on the left. [B, T]"""
+    width = mask.shape[1]
+    return torch.tensor([[0.0] * (width - len(row)) + row for row in rows], device=mask.device)
+
+
+def gradients(policy, optimizer, batches: list[LessonBatch], learning, micro: MicroBatches) -> dict[str, float]:
+    """Leave the gradient of the step's loss in the weights. Returns the metrics of `batch_loss`, added up."""
+    optimizer.zero_grad(set_to_none=True)
+    metrics: dict[str, float] = {}
+    for batch in (piece for batch in batches for piece in batch.cut(micro.tokens)):
+        loss, parts = batch_loss(policy, batch, learning)
+        loss.backward()
+        metrics = merge(metrics, {name: part.item() for name, part in parts.items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return micro.add_up(parameters, metrics) | {"micro_tokens": micro.tokens}
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def train(config: Config, collect, resume: bool = False) -> dict:
+    """Run a method to the end of its budget; returns the test scores before and after."""
+    learning = config.learning
+    with Session(config, make_optimizer, score_policy, resume) as session:
+        while not session.finished:
+            problems, rng = session.draw()
+            trajectories, usage, metrics = collect(session.policy, session.sampler, problems, config, rng)
+            session.hand_over(trajectories)
+            set_rate(session.optimizer, learning, session.progress)
+            losses = update(session.policy, session.optimizer, trajectories, learning, session.micro)
+            session.record(trajectories, usage, metrics | losses)
+        return session.finish()
 
 
 COLLECTORS = {"mcts": collect_mcts, "none": collect_samples}
 
 if __name__ == "__main__":
-    runs.command(lambda: run(COLLECTORS, sys.argv[1:], "mcts"))
+    command(lambda: launch(sys.argv[1:], "mcts", COLLECTORS, Trainer(train, update, make_optimizer, set_rate)))

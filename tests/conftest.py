@@ -5,17 +5,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from benchmarks.random_qwen import THIN, Shape, make_checkpoint
-from config import Config
+from config import TreeConfig, flatten, preset_for
 from countdown import Problem
-from loading import load_policy
-from mcts import SearchConfig
-from pretrain import PretrainConfig, build_model, build_tokenizer
+from experiments.pretrain import PretrainConfig, build_model, build_tokenizer
+from runtime.loading import load_policy
 from sampling import Sample, Usage
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -66,15 +67,20 @@ def problems():
 
 @pytest.fixture
 def tiny_config(checkpoint, tmp_path):
-    """Configurations of training runs of a second or two; any field can be given."""
+    """Configurations of training runs of a second or two; any setting can be given by its name, and topics too."""
 
-    def make(**changes):
+    def make(method="mcts", **changes):
+        config = preset_for("tiny", method)
+        if method == "mcts":
+            changes.setdefault("tree", TreeConfig(simulations=8, step_tokens=4))
+        topics = {name: changes.pop(name) for name in ("tree", "group", "learning", "machine") if name in changes}
         small = dict(
             model=str(checkpoint), out=tmp_path / "run", device="cpu", train_problems=50, tokens=2_000, problems=4,
-            samples=4, max_tokens=8, warmup=0, evaluations=1, eval_problems=4, eval_samples=2, test_problems=4,
-            test_samples=2, failures=True, reward="dense", tree=SearchConfig(simulations=8, step_tokens=4),
+            samples=4, max_tokens=8, warmup=0, learning_rate=3e-4, evaluations=1, eval_problems=4, eval_samples=2,
+            test_problems=4, test_samples=2, failures=True, reward="dense",
         )  # fmt: skip
-        return Config(**(small | changes))
+        own = {name: value for name, value in small.items() if name in flatten(config)}
+        return replace(config, **topics).change(**(own | changes))
 
     return make
 
@@ -86,15 +92,16 @@ class FakeSampler:
         self.steps = steps
         self.calls = []  # the prefixes of each call
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
+    def sample(self, prefixes, seeds, params):
         self.calls.append([list(prefix) for prefix in prefixes])
         rows = []
         for prefix, seed in zip(prefixes, seeds):
             choices = self.steps(tuple(prefix))
             if not choices:
-                rows.append([Sample() for _ in range(n)])
+                rows.append([Sample() for _ in range(params.n)])
                 continue
-            size, odds = min(n, len(choices)) if distinct else n, [p for _, p, _ in choices]
+            distinct, odds = params.cutoff is not None, [p for _, p, _ in choices]
+            size = min(params.n, len(choices)) if distinct else params.n
             picks = np.random.default_rng(seed).choice(len(choices), size, replace=not distinct, p=odds)
             rows.append([])
             for pick in picks:

@@ -1,24 +1,21 @@
-"""Which engine a run samples with; and the second engine, vLLM, in the same process, for GPUs."""
+"""The sampler for GPUs: vLLM, in the same process as the trainer."""
 
 import os
 import shutil
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-import ranks
-from loading import adapter_rank, locate, read_tokenizer
 from policy import Policy
-from sampling import STEP_END, Sample, Sampler, TorchSampler, Usage, check_context, read_values
+from runtime.torch_sampler import check_context, read_values
+from sampling import STEP_END, Sample, Usage
 
 MAX_SEQUENCES = 256  # that vLLM decodes together
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
 COLDEST = 0.01  # what vLLM makes, with a warning, of a temperature below it
-NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out distinct and min-p"
+NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out --cutoff"
 
 
 class VLLMSampler:
@@ -69,26 +66,26 @@ class VLLMSampler:
         if not read_alike(policy.tokenizer, self.llm.get_tokenizer()):
             raise ValueError("vLLM reads this model's tokenizer in another way: pass --sampler torch")
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
-        if distinct:
+    def sample(self, prefixes, seeds, params):
+        if params.cutoff is not None:
             raise ValueError(NOT_DISTINCT)
-        if temperature < COLDEST:
-            raise ValueError(f"vLLM samples at a temperature of {COLDEST} at least, not {temperature}")
+        if params.temperature < COLDEST:
+            raise ValueError(f"vLLM samples at a temperature of {COLDEST} at least, not {params.temperature}")
         began = time.perf_counter()
         check_context(self.context, max(map(len, prefixes), default=0), 1)
         self._serve()
         wanted = [
             self.vllm.SamplingParams(
-                n=n,
+                n=params.n,
                 seed=seed % 2**62,  # vLLM adds the sample's index
-                max_tokens=max_tokens,
-                temperature=temperature,
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
                 logprobs=0,  # of the drawn token
-                stop=[STEP_END] if stop_at_step else None,
+                stop=[STEP_END] if params.stop_at_step else None,
                 stop_token_ids=sorted(self.policy.stop_ids),
                 include_stop_str_in_output=True,
                 skip_special_tokens=False,
-                detokenize=stop_at_step,
+                detokenize=params.stop_at_step,
             )
             for seed in seeds
         ]
@@ -158,42 +155,3 @@ def read_alike(ours, theirs) -> bool:
     """Whether two tokenizers read the same tokens alike: vLLM finds </step> in its own decoding."""
     tokens = ours("<step> 1 + 2 = 3 </step>")["input_ids"]
     return ours.decode(tokens) == theirs.decode(tokens)
-
-
-def serves(model: str, dtype: str, lora_rank: int) -> bool:
-    """Whether vLLM serves a model's tokenizer and adapter on a GPU."""
-    folder, base = locate(model)
-    rank, tokenizer = adapter_rank(folder, base) or lora_rank, read_tokenizer(folder, base)
-    if refusal(rank, dtype == "float32"):
-        return False
-    return read_alike(tokenizer, AutoTokenizer.from_pretrained(tokenizer.name_or_path))
-
-
-def pick_sampler(settings, device: str, distinct: bool) -> str:
-    """Which engine a Config or EvaluateConfig means: auto is vLLM where it is installed, the policy is on a GPU in 16
-    or 32 bits and vLLM `serves` it, else torch, and torch beside other ranks or where a search wants distinct steps.
-    ValueError if vLLM isn't there, can't serve the weights (since 0.28 bitsandbytes is a plugin) or not draw so."""
-    if settings.sampler == "auto":
-        able = settings.quantize == "none" and not distinct and ranks.world() == 1
-        able = able and device.startswith("cuda") and find_spec("vllm")
-        rank = getattr(settings, "lora_rank", 0)
-        return "vllm" if able and serves(settings.model, settings.dtype, rank) else "torch"
-    if settings.sampler == "vllm":
-        if ranks.world() > 1:
-            raise ValueError(
-                "vLLM can't run beside torchrun's ranks: --sampler auto gives it to a cluster's generators"
-            )
-        if distinct:
-            raise ValueError(NOT_DISTINCT)
-        if settings.quantize != "none":
-            raise ValueError("vLLM does not serve NF4 weights: pass --sampler torch, or --quantize none")
-        if not find_spec("vllm"):
-            raise ValueError("vLLM is not installed: pass --sampler torch, or pip install -r requirements.txt")
-    return settings.sampler
-
-
-def make_sampler(
-    sampler: str, policy: Policy, context: int, rows: int, kept: int, cache_gb: float, seed: int
-) -> Sampler:
-    """The engine that `sampler` names, torch or vllm, with what a Plan gives it (memory.py)."""
-    return TorchSampler(policy, rows, kept) if sampler == "torch" else VLLMSampler(policy, context, cache_gb, seed)

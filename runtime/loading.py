@@ -18,17 +18,18 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from cache import GROUPED
-from checks import read_json
+from config import TINY
 from countdown import Problem
 from policy import VALUE_HEAD, Policy, encode, read_tensors
+from runtime.cache import GROUPED
+from runtime.files import read_json
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by PEFT, it praises a package that none needs here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 disable_progress_bar()  # a bar for every checkpoint would run into the run's own; those of downloads stay
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+KIT = Path(__file__).parents[1]
 LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
 
 
@@ -152,6 +153,8 @@ def locate(model: str | Path) -> tuple[str, str]:
     """Where tokenizer (and adapter, if it is one) and base weights are: two folders or Hugging Face names. A run folder
     stands for its final policy. ValueError, before anything is read, for what can't be a model."""
     path, name = Path(model).expanduser(), str(model)
+    if name == TINY and not path.exists():  # the embedded policy, from any working directory
+        path = KIT / TINY
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
         raise ValueError(f"{name} is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER")
     if not path.exists():

@@ -15,7 +15,7 @@ tell is assumed: CONTEXT_GB, FRAGMENTATION, VLLM_GB.
 
 from bisect import bisect
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
@@ -23,13 +23,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cache import BLOCK
 from config import Config
 from countdown import Problem
-from engines import MAX_SEQUENCES, pick_sampler
-from loading import adapter_rank, locate, read_model_config, read_tokenizer
 from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, encode
-from sampling import DRAW_CHUNK, KEPT, check_context, context_of
+from runtime.cache import BLOCK
+from runtime.loading import adapter_rank, locate, read_model_config, read_tokenizer
+from runtime.samplers import SamplerPlan, pick_sampler
+from runtime.torch_sampler import DRAW_CHUNK, KEPT, check_context, context_of
+from runtime.vllm_sampler import MAX_SEQUENCES
 
 GB = 2**30
 CONTEXT_GB = 0.6  # CUDA's own: context, kernels, cuBLAS workspaces
@@ -42,15 +43,10 @@ MARGIN = 16  # tokens, for prompts longer than the one tried
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(SamplerPlan):
     """What a run may use, and the estimate behind it; as text, the estimate alone."""
 
-    engine: str  # the sampler, torch or vllm
-    context: int  # tokens of the longest sequence
-    micro_tokens: int  # in one forward and backward pass
-    rows: int  # sequences that TorchSampler decodes together
-    kept: int  # tokens whose keys and values it keeps during a search
-    cache_gb: float  # GB of vLLM's keys and values
+    micro_tokens: int = 4_096  # tokens in one forward and backward pass
     budget: float = 0.0  # GB
     parts: dict[str, float] = field(default_factory=dict)  # GB; a peak has everything in it
 
@@ -123,16 +119,17 @@ class Costs:
 
     def __init__(self, config: Config, sizes: Sizes, prompt: int, engine: str, adapter: int = 0):
         """`prompt`: tokens of the longest; `engine`: torch or vllm; `adapter`: the rank of one that is trained on."""
-        s, rank, b = sizes, adapter or config.lora_rank, 4 if config.dtype == "float32" else 2
+        machine = config.machine
+        s, rank, b = sizes, adapter or machine.lora_rank, 4 if machine.dtype == "float32" else 2
         self.config, self.sizes, self.prompt, self.adapter, self.rank, self.bytes = config, s, prompt, adapter, rank, b
-        self.engine = "torch" if config.sampler == "torch" or config.quantize == "nf4" else engine
-        self.context = prompt + config.max_tokens
+        self.engine = "torch" if machine.sampler == "torch" or machine.quantize == "nf4" else engine
+        self.context = prompt + config.task.max_tokens
         # base weights under LoRA, the reference without; NF4 unpacks one layer at a time; vLLM's copy is as large
         packed = s.linear * NF4 + s.layers * s.linears * TABLES + (s.parameters - s.linear + s.largest) * b
-        self.frozen = packed if config.quantize == "nf4" else s.parameters * b
+        self.frozen = packed if machine.quantize == "nf4" else s.parameters * b
         # fp32 weights and gradients, and two moments: fp32, or 8 bits with an fp32 scale for 256
         self.trained = s.value_head + (rank * s.adapter if rank else s.parameters)  # parameters
-        self.trainable = self.trained * (16 if config.optimizer == "adamw" else 10 + 2 * 4 / 256)
+        self.trainable = self.trained * (16 if machine.optimizer == "adamw" else 10 + 2 * 4 / 256)
         # a token: in every pass, a row of the mask, rotary embedding, ids and positions; keys and values; and
         # what one layer keeps for its backward pass (LoRA casts the input of each linear layer to fp32)
         self.around = self.context + 2 * s.dim * b + 24
@@ -140,7 +137,7 @@ class Costs:
         inputs = 4 * s.inputs if rank and b < 4 else 4 * (2 * s.hidden + s.wide)
         attention = b * (4 * s.queries + self.context) + 4 * s.queries / s.dim
         self.kept = (8 if rank else 16) * s.hidden + inputs + attention + 3 * b * s.wide + 4 * rank * s.linears
-        waiting = config.problems * config.tree.workers * self.context if config.search == "mcts" else 0
+        waiting = config.learning.problems * config.tree.workers * self.context if config.tree else 0
         self.critic = min(CRITIC_TOKENS, waiting) * self.forward(bool(rank))
 
     def forward(self, lora: bool) -> float:
@@ -151,7 +148,7 @@ class Costs:
 
     def update(self, tokens: int) -> float:
         """A micro-batch, then the optimiser's step, beyond what is resident (which has all gradients)."""
-        s, b, recompute = self.sizes, self.bytes, self.config.gradient_checkpointing
+        s, b, recompute = self.sizes, self.bytes, self.config.machine.gradient_checkpointing
         layers = self.around + s.layers * (b * s.hidden if recompute else self.kept)
         work = max(4, 3 * b - 4) * s.wide + (12 if b < 4 else 4) * s.hidden  # gradients inside a layer
         norm, head = 12 * s.hidden, 28 * s.hidden  # the value head in fp32: norm, 4h, h
@@ -171,19 +168,21 @@ class Costs:
     def calls(self) -> list[tuple[int, int]]:
         """Siblings, and tokens of the longest prefix, of the sampler's calls: two evaluations and collecting."""
         c = self.config
-        collect = {"mcts": (c.tree.children, self.context), "none": (1, self.prompt)}.get(c.search)
-        return [(c.eval_samples, self.prompt), (c.test_samples, self.prompt), collect or (c.samples, self.prompt)]
+        evaluations = [(c.measuring.eval_samples, self.prompt), (c.measuring.test_samples, self.prompt)]
+        if c.tree:
+            return [*evaluations, (c.tree.children, self.context)]
+        return [*evaluations, (c.group.samples if c.group else 1, self.prompt)]
 
     def kept_tokens(self, rows: int) -> int:
         """Tokens whose keys and values TorchSampler keeps during a search: half as many as it decodes with."""
-        return min(KEPT, rows * self.context // 2) if self.config.search == "mcts" else 0
+        return min(KEPT, rows * self.context // 2) if self.config.tree else 0
 
     def sampling(self, rows: int) -> float:
         """TorchSampler with `rows` sequences: what it keeps; prefill of their prefixes, decoding or drawing."""
         s, b = self.sizes, self.bytes
         prompted = max(max(1, rows // n) * prefix for n, prefix in self.calls())
         rows = max(rows, *(n for n, _ in self.calls()))
-        length = self.prompt + self.config.drawn_tokens + BLOCK
+        length = self.prompt + drawn_tokens(self.config) + BLOCK
         cache = rows * length * (self.cached + 40)  # with masks, random numbers, tokens
         spread = rows * (length * 4 * b + self.forward(True))
         logits = 20 * min(max(DRAW_CHUNK, s.vocabulary), rows * s.vocabulary) + s.vocabulary  # fp32 once, fp64 twice
@@ -196,7 +195,7 @@ def fit(costs: Costs, budget: float) -> Plan:
     vllm = costs.engine == "vllm"
     resident = costs.frozen + costs.trainable + (VLLM_GB * GB if vllm else 0)
     room = (budget - CONTEXT_GB) / (1 + FRAGMENTATION) * GB - resident
-    limit = max(costs.config.micro_batch_tokens, costs.context)
+    limit = max(costs.config.machine.micro_batch_tokens, costs.context)
     tokens = max(costs.context, bisect(range(1, limit + 1), room, key=costs.update))
     if vllm:
         least = (costs.context + 32) * costs.cached  # one sequence, in blocks of 16 tokens
@@ -209,8 +208,8 @@ def fit(costs: Costs, budget: float) -> Plan:
     parts = {"frozen weights": costs.frozen / GB, "trainable ones": costs.trainable / GB}
     for phase, size in ("sampling", sampling), ("update", costs.update(tokens)):
         parts[f"{phase}, peak"] = CONTEXT_GB + (1 + FRAGMENTATION) * (resident + size) / GB
-    tokens = min(costs.config.micro_batch_tokens, tokens)
-    return Plan(costs.engine, costs.context, tokens, rows, costs.kept_tokens(rows), cache / GB, budget, parts)
+    tokens = min(costs.config.machine.micro_batch_tokens, tokens)
+    return Plan(costs.engine, costs.context, rows, costs.kept_tokens(rows), cache / GB, tokens, budget, parts)
 
 
 def advice(costs: Costs, budget: float) -> str:
@@ -223,12 +222,12 @@ def advice(costs: Costs, budget: float) -> str:
         "--dtype bfloat16": dict(dtype="bfloat16"),
         "--quantize nf4": dict(quantize="nf4"),
         "--lora-rank 16": dict(lora_rank=16),
-        f"--max-tokens {config.max_tokens // 2 or 1}": dict(max_tokens=config.max_tokens // 2 or 1),
+        f"--max-tokens {config.task.max_tokens // 2 or 1}": dict(max_tokens=config.task.max_tokens // 2 or 1),
     }
     for number in range(1, len(changes) + 1):
         for options in combinations(changes, number):
             with suppress(ValueError):  # what doesn't go together
-                changed = replace(config, **{name: new for o in options for name, new in changes[o].items()})
+                changed = config.change(**{name: new for o in options for name, new in changes[o].items()})
                 if fit(Costs(changed, costs.sizes, costs.prompt, costs.engine, costs.adapter), budget).need <= budget:
                     return " ".join(options)
     return ""
@@ -238,26 +237,32 @@ def plan(config: Config, device: str) -> Plan:
     """What to run on `device`, before weights are loaded; with --gpu-memory, PyTorch is held to it. Where the choice of
     sampler is open and vLLM does not fit, it is torch. ValueError, one line, if nothing fits. On a CPU without
     --gpu-memory nothing is estimated."""
-    engine = pick_sampler(config, device, config.distinct)
+    machine = config.machine
+    engine = pick_sampler(machine, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    longest, on_gpu = longest_prompt(folder, base, config.size), device.startswith("cuda")
-    check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
-    if not on_gpu and not config.gpu_memory:
-        return Plan(engine, longest + config.max_tokens, config.micro_batch_tokens, MAX_ROWS, KEPT, 1.0)
-    free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (config.gpu_memory,) * 2
-    budget = min(config.gpu_memory or free, free)
+    longest, on_gpu = longest_prompt(folder, base, config.task.size), device.startswith("cuda")
+    check_context(context_of(read_model_config(folder, base)), longest, drawn_tokens(config))
+    if not on_gpu and not machine.gpu_memory:
+        return Plan(engine, longest + config.task.max_tokens, micro_tokens=machine.micro_batch_tokens)
+    free, total = (size / GB for size in torch.cuda.mem_get_info()) if on_gpu else (machine.gpu_memory,) * 2
+    budget = min(machine.gpu_memory or free, free)
     adapter = adapter_rank(folder, base)
     sizes = read_sizes(folder, base)
-    for sampler in dict.fromkeys([engine, "torch"] if config.sampler == "auto" else [engine]):
+    for sampler in dict.fromkeys([engine, "torch"] if machine.sampler == "auto" else [engine]):
         costs = Costs(config, sizes, longest, sampler, adapter)
-        found = fit(costs, budget)
-        if found.need <= budget:
+        plan = fit(costs, budget)
+        if plan.need <= budget:
             break
     else:
         options = advice(costs, budget)
         cure = f"{options} would make it fit" if options else "no option makes it fit, take a smaller model"
-        raise ValueError(f"{config.model} needs {found.need:.2f} GB of GPU memory and has {budget:.2f}: {cure}")
-    if on_gpu and config.gpu_memory:
-        asleep = costs.frozen / GB + found.cache_gb if costs.engine == "vllm" else 0  # still counts for PyTorch
+        raise ValueError(f"{config.model} needs {plan.need:.2f} GB of GPU memory and has {budget:.2f}: {cure}")
+    if on_gpu and machine.gpu_memory:
+        asleep = costs.frozen / GB + plan.cache_gb if costs.engine == "vllm" else 0  # still counts for PyTorch
         torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - CONTEXT_GB + asleep) / total))
-    return found
+    return plan
+
+
+def drawn_tokens(config: Config) -> int:
+    """Tokens of a completion, before a search cuts its last step to the limit."""
+    return config.task.max_tokens + (config.tree.step_tokens - 1 if config.tree else 0)

@@ -29,16 +29,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import memory
-import ranks
-import runs
 from config import Config
-from countdown import Problem
-from engines import make_sampler
-from loading import load_policy, pick_device
-from parts import draw, splits
+from countdown import Problem, draw
 from policy import Policy
-from sampling import Sampler, TorchSampler, Trajectory, Usage
+from runtime import memory, ranks
+from runtime.loading import load_policy, pick_device
+from runtime.provenance import identity
+from runtime.run_folder import read_metrics
+from runtime.samplers import make_sampler
+from runtime.session import splits
+from runtime.torch_sampler import TorchSampler
+from sampling import Sampler, Trajectory, Usage
 
 TRIES = 5  # generators that may be lost with one shard, or one after another while they start
 START_SECONDS = 600  # that a start may take beyond a shard
@@ -74,8 +75,8 @@ class Harvest:
 
 def cut(problems: list[Problem], rng: np.random.Generator, config: Config, step: int) -> list[Shard]:
     """A step in shards. Shard k has the step's stream, jumped ahead k times: one shard is the step as it was."""
-    pieces = np.array_split(np.arange(len(problems)), config.cut)
-    streams = [np.random.Generator(rng.bit_generator.jumped(k)) for k in range(config.cut)]
+    pieces = np.array_split(np.arange(len(problems)), config.cluster.step_shards)
+    streams = [np.random.Generator(rng.bit_generator.jumped(k)) for k in range(config.cluster.step_shards)]
     return [Shard(step, k, [problems[i] for i in piece], streams[k]) for k, piece in enumerate(pieces)]
 
 
@@ -107,8 +108,8 @@ def in_shards(collect: Collect) -> Collect:
 @contextmanager
 def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
     """The collector that the configuration asks for: `collect` as it is, in shards, or by a cluster's generators."""
-    if config.cluster == "none":
-        yield collect if config.cut == 1 else in_shards(collect)
+    if config.cluster.cluster == "none":
+        yield collect if config.cluster.step_shards == 1 else in_shards(collect)
         return
     with closing(Cluster(config, collect, connect(config))) as cluster:
         yield cluster
@@ -119,13 +120,12 @@ class Generator:
 
     def load(self, config: Config, collect: Collect) -> dict[str, str]:
         """Make ready for work; what this process runs."""
-        device = pick_device(config.device)
-        plan = memory.plan(config, device)
-        policy = load_policy(config.model, config.lora_rank, device, config.dtype, config.quantize, train=False)
+        machine, device = config.machine, pick_device(config.machine.device)
+        policy = load_policy(config.model, machine.lora_rank, device, machine.dtype, machine.quantize, train=False)
         policy.version = -1  # the trainer's weights come with the first shard
-        self.sampler = make_sampler(plan.engine, policy, plan.context, plan.rows, plan.kept, plan.cache_gb, config.seed)
+        self.sampler = make_sampler(memory.plan(config, device), policy, config.seed)
         self.config, self.collector, self.policy = config, collect, policy
-        return runs.identity()
+        return identity()
 
     def collect(self, shard: Shard, version: int, weights: dict[str, np.ndarray]) -> Collected:
         if version != self.policy.version:
@@ -144,9 +144,9 @@ def connect(config: Config) -> bool:
     import ray
 
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
-    wanted, kind = config.generators, "GPU" if pick_device(config.device) == "cuda" else "CPU"
+    wanted, kind = config.cluster.generators, "GPU" if pick_device(config.machine.device) == "cuda" else "CPU"
     began = not ray.is_initialized()
-    if config.cluster == "local":
+    if config.cluster.cluster == "local":
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
         free = gpus[ranks.world() :]  # the first are the trainer's
@@ -168,9 +168,9 @@ def connect(config: Config) -> bool:
 def trained_on(config: Config) -> set[tuple[int, int]]:
     """The shards that an interrupted run has trained on; a step that was cut otherwise counts as a whole."""
     found = set()
-    for row in runs.read_metrics(config.folder):
+    for row in read_metrics(config.folder):
         shards = [tuple(shard) for shard in row.get("shards", [])]
-        found |= set(shards if len(shards) == config.cut else [(row["step"] - 1, k) for k in range(config.cut)])
+        found |= set(shards if len(shards) == config.cluster.step_shards else [(row["step"] - 1, k) for k in range(config.cluster.step_shards)])
     return found
 
 
@@ -184,7 +184,7 @@ class Cluster:
         self.ray, self.began, self.collector = ray, began, collect
         model = Path(config.model).expanduser()
         self.config = replace(config, model=str(model.resolve()) if model.exists() else config.model)
-        resources = dict(num_cpus=1, num_gpus=int(pick_device(config.device) == "cuda"))
+        resources = dict(num_cpus=1, num_gpus=int(pick_device(config.machine.device) == "cuda"))
         self.actor = self.ray.remote(Generator).options(**resources, max_restarts=0, max_task_retries=0)
         self.data = splits(config)["train"]
         self.weights: tuple = ()  # the newest version, and where its weights are
@@ -192,10 +192,10 @@ class Cluster:
         self.todo: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
         self.done: queue.Queue = queue.Queue()  # harvests, and errors
         self.lost: list[Lost] = []  # why generators had to be started again, since the last step
-        self.left = config.generators  # that are not given up
+        self.left = config.cluster.generators  # that are not given up
         self.actors: dict[int, object] = {}  # one a thread
         self.closing = False
-        self.threads = [threading.Thread(target=self.serve, args=[i], daemon=True) for i in range(config.generators)]
+        self.threads = [threading.Thread(target=self.serve, args=[i], daemon=True) for i in range(config.cluster.generators)]
         for thread in self.threads:
             thread.start()
 
@@ -204,14 +204,14 @@ class Cluster:
         began, step = time.perf_counter(), policy.version
         self.weights = step, self.ray.put({name: w.numpy() for name, w in policy.trained_weights().items()})
         trained = trained_on(config) if step and not self.ahead else ()
-        first, self.ahead = self.ahead, step + config.max_staleness + 1
-        for number in range(first, min(self.ahead, config.steps or self.ahead)):
-            for shard in cut(*draw(self.data, config, number), config, number):
+        first, self.ahead = self.ahead, step + config.cluster.max_staleness + 1
+        for number in range(first, min(self.ahead, config.budget.steps or self.ahead)):
+            for shard in cut(*draw(self.data, config.learning.problems, config.seed, number), config, number):
                 if (number, shard.number) not in trained:
                     self.todo.put(shard)
         harvests, dropped = self.take(step)
         trajectories, usage, info = merge(harvests)
-        ages = [step - trajectory.version for trajectory in trajectories] or [0]
+        ages = [step - harvest.version for harvest in harvests for _ in harvest.trajectories] or [0]
         info |= {"age_mean": float(np.mean(ages)), "age_max": max(ages), "restarts": len(self.lost)}
         info |= {"dropped": sum(len(old.trajectories) for old in dropped)}
         info |= {"shards": [(harvest.shard.step, harvest.shard.number) for harvest in harvests]}
@@ -223,9 +223,9 @@ class Cluster:
         """As many shards as a step has, as they come, and those that are too old: their problems are done again."""
         taken: list[Harvest] = []
         dropped: list[Harvest] = []
-        while len(taken) < self.config.cut:
+        while len(taken) < self.config.cluster.step_shards:
             harvest = self.receive()
-            if step - harvest.version <= self.config.max_staleness:
+            if step - harvest.version <= self.config.cluster.max_staleness:
                 taken.append(harvest)
             else:
                 dropped.append(harvest)
@@ -249,7 +249,7 @@ class Cluster:
             shard, failed = None, failed + 1
             actor = self.actors[number] = self.actor.remote()
             try:
-                if (theirs := self.ask(actor, "load", self.config, self.collector)) != (ours := runs.identity()):
+                if (theirs := self.ask(actor, "load", self.config, self.collector)) != (ours := identity()):
                     raise ValueError(f"a generator runs {theirs}, the trainer {ours}: install the same everywhere")
                 failed = 0
                 while (shard := self.todo.get()).problems and not self.closing:
@@ -266,7 +266,7 @@ class Cluster:
 
     def ask(self, actor, method: str, *args):
         """A generator's answer. Lost if it dies or takes too long; what it raised is raised here."""
-        seconds = self.config.generator_timeout + (START_SECONDS if method == "load" else 0)
+        seconds = self.config.cluster.generator_timeout + (START_SECONDS if method == "load" else 0)
         try:
             return self.ray.get(getattr(actor, method).remote(*args), timeout=seconds)
         except self.ray.exceptions.RayTaskError as error:

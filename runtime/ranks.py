@@ -15,18 +15,16 @@ In one process nothing here does anything. What ranks send each other is pickled
 
 import os
 import sys
-from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from policy import Policy
-
-Item = TypeVar("Item")
-HOW = {"disagreement_max": max, "micro_tokens": min}  # figures that are not added up
+from runtime.micro_batches import MicroBatches, merge
+from sampling import Trajectory
 
 
 def join(device: str) -> int:
@@ -62,11 +60,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def own_share(items: list[Item], size: Callable[[Item], int]) -> list[Item]:
-    """This rank's items: dealt out by size, so that all ranks get about as much."""
-    return items if world() == 1 else sorted(items, key=size, reverse=True)[rank() :: world()]
-
-
 def broadcast(message: object = None) -> object:
     """Rank 0's message, on all ranks."""
     box = [message]
@@ -92,18 +85,27 @@ def on_cpu(state):
     return state.cpu() if torch.is_tensor(state) else state
 
 
-def add_up(parameters: list[nn.Parameter], figures: dict[str, float]) -> dict[str, float]:
-    """Sum the gradients over ranks, in place, and the figures, but for those in HOW. A weight that no rank has a
-    gradient of gets none."""
-    if world() == 1:
-        return figures
-    told = [None] * world()  # by each rank
-    dist.all_gather_object(told, ([p.grad is not None for p in parameters], figures))
-    for parameter, moved in zip(parameters, zip(*(flags for flags, _ in told))):
-        if any(moved):
-            if parameter.grad is None:  # this rank had no share
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-    found = [figures for _, figures in told]
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: HOW.get(name, sum)([one[name] for one in found if name in one]) for name in names}
+class MicroBatchesOnRanks(MicroBatches):
+    """Each rank runs a share of the trajectories; gradients are summed over ranks."""
+
+    def own_share(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Dealt out by length, so that all ranks get about as many tokens."""
+        if world() == 1:
+            return trajectories
+        return sorted(trajectories, key=lambda t: t.length, reverse=True)[rank() :: world()]
+
+    def add_up(self, parameters: list[nn.Parameter], metrics: dict[str, float]) -> dict[str, float]:
+        """Sum the gradients over ranks, in place, and merge the metrics. A weight that no rank has a gradient of gets
+        none. The ranks go on with the smallest micro-batch."""
+        if world() == 1:
+            return metrics
+        every: list = [None] * world()
+        dist.all_gather_object(every, ([p.grad is not None for p in parameters], metrics, self.tokens))
+        flags, metrics_of_ranks, tokens = zip(*every)
+        for parameter, has_gradient in zip(parameters, zip(*flags)):
+            if any(has_gradient):
+                if parameter.grad is None:  # this rank had no share
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        self.tokens = min(tokens)
+        return reduce(merge, metrics_of_ranks)

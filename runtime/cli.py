@@ -1,0 +1,273 @@
+"""The command line: options become settings, and what is wrong with them is told in one line, before any long work."""
+
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
+from dataclasses import asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+from config import METHODS, PRESETS, Config, flatten, preset_for
+from runtime.files import check_writable
+from runtime.guard import Stopped
+from runtime.provenance import versions
+from runtime.run_folder import read_settings
+
+Settings = TypeVar("Settings")
+# settings that say where and how a run works, not what comes out
+INCIDENTAL = ("out", "checkpoints", "gpu_memory", "micro_batch_tokens", "cluster", "generator_timeout")
+SHORT_HELP = {  # the settings that a student changes
+    "method": "where answers come from",
+    "preset": "tiny (a CPU, minutes), qwen1.5b (one GPU), post (the post's numbers)",
+    "model": "Hugging Face name or folder",
+    "seed": "of all random draws",
+    "out": "run folder (default: runs/METHOD-PRESET-seedN)",
+    "tokens": "budget of generated tokens",
+    "problems": "problems a training step",
+    "simulations": "visits of a tree",
+    "children": "steps drawn at a node",
+    "lesson": "what a tree teaches, see distill.py",
+    "samples": "answers drawn of a problem",
+    "cutoff": "draw without repeats, drop what is this much less likely; None: no",
+    "reward": "exact (right or wrong), dense (a near miss earns something)",
+    "learning_rate": "at the start of the linear decay",
+    "temperature": "of sampling",
+}
+
+# ------------------------------------------------------------------------------------------------ any program
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a program: expected errors become one line, Ctrl-C exits with 130, a stopped run with 3."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except Stopped as reason:
+        fail(str(reason), 3)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def fail(message: str, code: int = 2) -> None:
+    """One line on stderr and an exit code; 2 means bad input, told before any long work."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def read_config(
+    kind: type[Settings],
+    args: list[str] | None = None,
+    default: Settings | None = None,
+    unread: dict[str, str] | None = None,
+) -> Settings:
+    """A dataclass of settings from the command line, read by tyro. A bad option is one line on stderr, exit code 2.
+
+    An option is the name of a field, also of one in a topic. A topic that is None in `default` has no options. `unread`
+    says of an option that others have who has no use for it.
+    """
+    import tyro
+
+    args, boxes = sys.argv[1:] if args is None else args, io.StringIO()
+    check_options(args, default or kind, unread or {})
+    packages = ", ".join(f"{package} {found}" for package, found in versions().items())
+    try:
+        with redirect_stderr(boxes):
+            return tyro.cli(
+                kind,
+                args=args,
+                description=f"{inspect.getdoc(kind)}\n\nInstalled: {packages}.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        fail(f"{first_message(boxes.getvalue(), kind)} (--help lists the options)")
+
+
+def first_message(boxes: str, kind: type) -> str:
+    """The first message of what tyro wrote: it draws boxes, with colours on a terminal."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", boxes)
+    lines = [line.strip("│ ") for line in plain.splitlines()[1:]]  # the first is the box's title
+    parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
+    message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
+    return message.removeprefix(f"Error parsing {kind.__name__}: ")
+
+
+def check_options(args: Iterable[str], config: object, unread: dict[str, str]) -> None:
+    """Fail for the first option that `config` does not have; of those in `unread` it is said who has no use for it."""
+    known = set(option_names(config)) | {"help"}
+    for arg in args:
+        if not re.match(r"--[a-zA-Z]", arg):
+            continue
+        option = arg.partition("=")[0]
+        name = option[2:].replace("_", "-").removeprefix("no-")
+        if name in known:
+            continue
+        if name in unread:
+            fail(f"{unread[name]} has no use for {option}: leave it out")
+        near = get_close_matches(name, known, 1)
+        fail(f"there is no option {option}{f': did you mean --{near[0]}?' if near else ''} (--help lists the options)")
+
+
+def option_names(config: object) -> list[str]:
+    """The options of a dataclass of settings and its topics."""
+    names = []
+    for field in fields(config):
+        value = getattr(config, field.name, None) if not isinstance(config, type) else field.default
+        if is_dataclass(value):
+            names += option_names(value)
+        elif not (value is None and "Config" in str(field.type)):  # not a topic that is left out
+            names.append(field.name.replace("_", "-"))
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ training runs
+
+
+def parse(args: list[str], method: str) -> tuple[Config, bool]:
+    """The configuration of a training run, and whether it goes on with an interrupted one. `method`: if not given."""
+    args = normalized(args)
+    if "--resume" in args:
+        return resumed(args), True
+    preset = given(args, "--preset", "tiny")
+    if preset not in PRESETS:
+        fail(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    default = preset_for(preset, given(args, "--method", method))
+    config = read_training_config(args, default)
+    check_writable(config.folder, folder=True)
+    return config, False
+
+
+def normalized(args: list[str]) -> list[str]:
+    """Arguments with --search, the other name of --method, replaced, and --resume=RUN in two parts."""
+    args = [re.sub(r"^--search(?==|$)", "--method", arg) for arg in args]
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
+
+
+def given(args: list[str], option: str, default: str) -> str:
+    """The value of an option in a command line."""
+    for i, arg in enumerate(args):
+        if arg == option or arg.startswith(f"{option}="):
+            default = arg.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+    return default
+
+
+def read_training_config(args: list[str], default: Config) -> Config:
+    """A Config from the command line. An option that other methods have, and this one does not read, is refused."""
+    names = {name for method in METHODS for name in option_names(preset_for("tiny", method))}
+    return read_config(Config, args, default, dict.fromkeys(names, default.method))
+
+
+def resumed(args: list[str]) -> Config:
+    """The settings of an interrupted run. Other settings, and a folder of another version, are refused without
+    --force."""
+    at = args.index("--resume")
+    if len(args) == at + 1:
+        fail("--resume needs the folder of a run")
+    folder = Path(args[at + 1])
+    options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
+    if given(options, "--out", ""):
+        fail("--resume goes on in the run's own folder: leave out --out, or copy the folder first")
+    default, problems = restore(Config, read_settings(folder), folder)
+    default = replace(default, out=folder)
+    config = read_training_config(options, default) if options else default
+    problems += differences(asdict(default), asdict(config))
+    if problems and "--force" not in args:
+        fail(f"{folder} has other settings ({'; '.join(problems)}): --force goes on all the same")
+    return replace(config, out=folder)
+
+
+def restore(kind: type, saved: dict, folder: Path) -> tuple[object, list[str]]:
+    """A configuration from a run's config.json, and what in there is no setting of this version. ValueError for a
+    damaged one."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder}/config.json is damaged: a topic is no JSON object")
+    topics = {field.name: type_of_topic(field) for field in fields(kind)}
+    unknown = sorted(saved.keys() - topics.keys() - {"provenance"})
+    values, problems = {}, [f"{name} is no setting here" for name in unknown]
+    for name, topic in topics.items():
+        if name in saved:
+            values[name] = saved[name]
+            if topic and saved[name] is not None:
+                values[name], more = restore(topic, saved[name], folder)
+                problems += more
+    return kind(**values), problems
+
+
+def type_of_topic(field) -> type | None:
+    """The dataclass of a topic; None for a setting."""
+    return next((kind for kind in (field.type, *getattr(field.type, "__args__", ())) if is_dataclass(kind)), None)
+
+
+def result_settings(saved: dict) -> dict:
+    """The settings in a config.json that decide a run's result, by their names alone. A model is known by its name,
+    wherever its folder lies."""
+    flat = {}
+    for name, value in saved.items():
+        flat |= result_settings(value) if isinstance(value, dict) else {name: value}
+    if saved.get("cluster") == "none":
+        flat["max_staleness"] = 0
+    if "model" in flat:
+        flat["model"] = Path(flat["model"]).name
+    return {name: value for name, value in flat.items() if name not in INCIDENTAL}
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """Which settings of two config.json differ, a piece of text each."""
+    return differing(result_settings(there), result_settings(here))
+
+
+def differing(there: dict, here: dict) -> list[str]:
+    """Which settings `here` have another value `there`, a piece of text each."""
+    return [
+        f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def answer_help(about: str, method: str) -> None:
+    """Print the help of a training program and exit, if it is asked for. Called before torch is loaded, which takes
+    seconds."""
+    args = normalized(sys.argv[1:])
+    if not {"-h", "--help", "--help-all"} & set(args):
+        return
+    method, preset = given(args, "--method", method), given(args, "--preset", "tiny")
+    config = preset_for(preset if preset in PRESETS else "tiny", method if method in METHODS else "mcts")
+    print(help_all(config) if "--help-all" in args else short_help(about, config))
+    raise SystemExit
+
+
+def short_help(about: str, config: Config) -> str:
+    """What the program does, and the options that a student changes, a line each."""
+    settings = flatten(config)
+    lines = [about.strip(), "", f"options of --method {config.method}, preset {config.preset}:"]
+    for name, text in SHORT_HELP.items():
+        if name in settings:
+            value = f" ({settings[name]})" if settings[name] is not None or name == "cutoff" else ""
+            lines.append(f"  --{name.replace('_', '-'):16s} {text}{value}")
+    lines += [
+        f"  --{'resume RUN':16s} go on with an interrupted run; --force: under other settings too",
+        f"  --{'help-all':16s} every option, by topic ({len(option_names(config))})",
+    ]
+    return "\n".join(lines)
+
+
+def help_all(config: Config) -> str:
+    """Every option of a method, by topic."""
+    import tyro
+
+    own = [config, *(getattr(config, field.name) for field in fields(config))]
+    pages = []
+    for topic in filter(is_dataclass, own):
+        parser = tyro.extras.get_parser(type(topic), default=topic, config=(tyro.conf.OmitArgPrefixes,))
+        pages.append(parser.format_help())
+    return "\n".join(pages)

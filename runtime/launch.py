@@ -1,0 +1,68 @@
+"""From a command line to a training run: in one process, under torchrun, or with a Ray cluster."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config, flatten
+from runtime import ranks
+from runtime.cli import fail, parse
+from runtime.cluster import collecting
+from runtime.guard import Stopped
+from runtime.loading import pick_device
+from runtime.run_folder import check_unused, finished
+from runtime.session import Session
+
+
+@dataclass
+class Trainer:
+    """The functions of ppo.py that a launch needs."""
+
+    train: Callable  # (config, collect, resume)
+    update: Callable
+    make_optimizer: Callable
+    set_rate: Callable
+
+
+def launch(args: list[str], method: str, collectors: dict[str, Callable], trainer: Trainer) -> None:
+    """Parse, refuse what is not this program's, print the settings, train."""
+    config, resume = parse(args, method)
+    if config.method not in collectors:
+        fail(f"this program runs {', '.join(collectors)}, not {config.method!r}")
+    if not resume:
+        check_unused(config.folder)
+    elif finished(config.folder):
+        if "--force" in args:
+            fail(f"{config.folder} is finished: a new run can start from its policy, --model {config.folder}")
+        print(f"{config.folder} is finished: nothing is left to do")
+        return
+    if ranks.join(pick_device(config.machine.device)):  # one of several processes of torchrun, and not the first
+        return follow(config, trainer)
+    print("\n".join(f"  {name:24s} {value}" for name, value in flatten(config).items()))
+    try:
+        with collecting(config, collectors[config.method]) as collect:
+            trainer.train(config, collect, resume)
+        ranks.leave()
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory, the last checkpoint is kept: pass a smaller --gpu-memory ({str(error)[:80]} …)")
+    except Stopped as reason:
+        raise Stopped(f"{reason}; the last checkpoint is kept in {config.folder}") from None
+    except KeyboardInterrupt:
+        if (config.folder / "config.json").exists():
+            program, folder = Path(sys.argv[0]).name, shlex.quote(str(config.folder))
+            print(f"\ninterrupted; to go on: python {program} --resume {folder}", file=sys.stderr)
+        raise
+
+
+def follow(config: Config, trainer: Trainer) -> None:
+    """What the other ranks do: the same updates as the first, until it ends."""
+    session = Session(config, trainer.make_optimizer, score_policy=None)
+    ranks.synchronize(session.policy, session.optimizer)
+    while message := ranks.broadcast():
+        trajectories, progress = message
+        trainer.set_rate(session.optimizer, config.learning, progress)
+        trainer.update(session.policy, session.optimizer, trajectories, config.learning, session.micro)

@@ -1,0 +1,233 @@
+"""A training session: what a run works with on this machine, loaded, restored, measured and kept.
+
+ppo.train decides what is learnt; here is the rest of a run: counters, metrics, evaluations, checkpoints, the terminal.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Config
+from countdown import Problem, draw, make_splits
+from policy import read_tensors
+from runtime import memory, ranks, report
+from runtime.guard import Guard, Stopped
+from runtime.loading import load_policy, pick_device
+from runtime.run_folder import Run, read_metrics
+from runtime.samplers import make_sampler
+from runtime.scores import Score
+from sampling import Progress, Trajectory, Usage
+
+ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, temperature, max_tokens, seed, progress)
+
+
+@dataclass
+class State(Progress):
+    """A run's counters, and what else a checkpoint keeps of it besides tensors."""
+
+    best: float = -1.0  # validation mean@k of the best policy so far
+    micro_tokens: int = 0  # tokens of a micro-batch
+    before: dict | None = None  # the test before training
+
+
+class Session:
+    """A run, open for one process: `with Session(…) as session`."""
+
+    def __init__(self, config: Config, make_optimizer, score_policy: ScorePolicy, resume: bool = False):
+        """`make_optimizer(policy, config)` and `score_policy(…)` are the door's: nothing here imports one."""
+        self.config, self.score_policy, self.resume = config, score_policy, resume
+        self.device = pick_device(config.machine.device)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(config.seed)
+        self.plan = memory.plan(config, self.device)
+        if self.plan.parts:
+            print(self.plan)
+        self.problems = splits(config)
+        self.policy = load_policy(
+            config.model,
+            config.machine.lora_rank,
+            self.device,
+            config.machine.dtype,
+            config.machine.quantize,
+            config.machine.gradient_checkpointing,
+        )
+        self.sampler = make_sampler(self.plan, self.policy, config.seed)
+        self.optimizer = make_optimizer(self.policy, config)
+        self.micro = ranks.MicroBatchesOnRanks(self.plan.micro_tokens)
+        self.progress = State()
+        self.guard = Guard()
+        self.scores: dict[str, Score] = {}
+
+    # -------------------------------------------------------------------------------------------- begin and end
+
+    def __enter__(self) -> "Session":
+        self.run = Run(self.config.folder, asdict(self.config), self.resume)
+        try:
+            self.begin()
+        except BaseException:
+            self.run.close()
+            raise
+        return self
+
+    def begin(self) -> None:
+        """Restore the last checkpoint, or test and keep the policy as it is."""
+        self.restore()
+        ranks.synchronize(self.policy, self.optimizer)
+        self.bar = report.bar(self.config.method, self.progress.share)
+        for row in read_metrics(self.run.folder) if self.resume else []:
+            self.guard.check(row)
+        if self.config.measuring.test_before:
+            if not self.progress.before:
+                self.progress.before = asdict(self.test("before"))
+            self.scores["before"] = Score.read(self.progress.before)
+        if not self.run.restored:
+            self.checkpoint()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.bar.close()
+        if kind is Stopped and not self.stopped_by_guard:  # by an update that was not made
+            self.progress.step += 1
+            self.log({"stopped": str(error)})
+        self.run.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.share >= 1
+
+    def finish(self) -> dict[str, Score]:
+        """Keep and test the final policy; returns the test scores before and after."""
+        self.bar.close()
+        self.run.publish("policy", self.policy.save)
+        self.scores["after"] = self.test("after")
+        print(report.ending(self.scores, self.progress, self.config))
+        return self.scores
+
+    # -------------------------------------------------------------------------------------------- a step
+
+    def draw(self) -> tuple[list[Problem], np.random.Generator]:
+        """The step's problems and random stream."""
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        return draw(self.problems["train"], self.config.learning.problems, self.config.seed, self.progress.step)
+
+    def hand_over(self, trajectories: list[Trajectory]) -> None:
+        """From sampling to learning: the sampler gives its memory back, other ranks hear of the trajectories."""
+        self.sampler.rest()
+        ranks.broadcast((trajectories, self.progress))
+        self.collected = time.perf_counter()
+
+    def record(self, trajectories: list[Trajectory], usage: Usage, metrics: dict[str, float]) -> None:
+        """Count a step; log it; evaluate and keep the policy where that is due. Stopped if the run has collapsed."""
+        ended, before, measuring = time.perf_counter(), self.progress.share, self.config.measuring
+        self.progress.advance(usage, self.config.budget, ended - self.began)
+        row = report.summarize(trajectories) | metrics | report.costs(usage, ended - self.collected, self.device)
+        row["cpu_seconds"] = time.process_time() - self.cpu_began
+        if is_due(before, self.progress.share, measuring.evaluations):
+            row |= self.validate()
+        reason = self.guard.check(row)
+        self.log(row | ({"stopped": reason} if reason else {}))
+        if reason:
+            self.stopped_by_guard = True
+            raise Stopped(f"step {self.progress.step}: {reason}")
+        if is_due(before, self.progress.share, measuring.checkpoints):
+            self.checkpoint()
+        report.show(self.bar, self.progress, row)
+
+    stopped_by_guard = False
+
+    def log(self, row: dict) -> None:
+        """A line of metrics, after the counters."""
+        counters = ("step", "generated", "prefilled", "valued", "seconds")
+        self.run.log({name: getattr(self.progress, name) for name in counters} | row)
+
+    # -------------------------------------------------------------------------------------------- measuring
+
+    def score(self, split: str, samples: int) -> Score:
+        """The policy alone, without a search, on one of the splits."""
+        temperature, max_tokens = self.config.measuring.eval_temperature, self.config.task.max_tokens
+        settings = samples, temperature, max_tokens, self.config.seed
+        return self.score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
+
+    def validate(self) -> dict[str, float]:
+        """What a row of metrics says of the validation problems. The best policy so far is kept."""
+        score = self.score("validation", self.config.measuring.eval_samples)
+        if score.mean_at_k > self.progress.best:
+            self.progress.best = score.mean_at_k
+            self.run.publish("best", self.policy.save)
+        row = {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
+        return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
+
+    def test(self, when: str) -> Score:
+        """The policy on the test problems, as a row of metrics and a line on the terminal."""
+        score = self.score("test", self.config.measuring.test_samples)
+        self.log({f"test_{name}": value for name, value in asdict(score).items() if name != "usage"})
+        tqdm.write(f"test {when}: {score.line()}")
+        return score
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self) -> None:
+        """Keep all that the run needs to go on."""
+
+        def save(folder: Path) -> None:
+            self.policy.save(folder)
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(random_state(), folder / "random.pt")
+
+        self.progress.micro_tokens = self.micro.tokens
+        self.run.checkpoint(save, asdict(self.progress))
+
+    def restore(self) -> None:
+        """Read the checkpoint back, if there is one. Learning rates stay those of the settings."""
+        folder, saved = self.run.restored, self.run.state
+        if not folder:
+            return
+        self.progress = State(**{field.name: saved[field.name] for field in fields(State)})
+        self.micro.tokens = min(self.micro.tokens, self.progress.micro_tokens)
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.policy.load_weights(folder)
+        self.policy.version = self.progress.step
+        optimizer = read_tensors(folder / "optimizer.pt")
+        is_adamw = self.config.machine.optimizer == "adamw"
+        if all(("exp_avg" in state) == is_adamw for state in optimizer["state"].values()):
+            self.optimizer.load_state_dict(optimizer)
+        else:
+            print("note: the checkpoint's optimiser was of another kind: this one starts anew")
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        set_random_state(read_tensors(folder / "random.pt"))
+        self.run.write_config()
+
+
+def splits(config: Config) -> dict[str, list[Problem]]:
+    """The run's problems: train, validation, test."""
+    task, measuring = config.task, config.measuring
+    sizes = dict(train=task.train_problems, validation=measuring.eval_problems, test=measuring.test_problems)
+    return make_splits(task.split, **sizes, size=task.size)
+
+
+def is_due(before: float, after: float, times: int) -> bool:
+    """Whether a step from one share of the budget to another has passed one of `times` evenly spaced points."""
+    return int(before * times + 1e-9) < int(after * times + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
+def random_state() -> dict:
+    """Where the random streams of Python, NumPy and torch stand. What the kit draws depends on seed and step alone;
+    this is for a collector of one's own."""
+    kind, keys, *rest = np.random.get_state()
+    streams = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
+    return streams | {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(streams: dict) -> None:
+    """Go on from `random_state`."""
+    random.setstate(streams["python"])
+    np.random.set_state(streams["numpy"])
+    torch.set_rng_state(streams["torch"])
+    if len(streams["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(streams["cuda"])
