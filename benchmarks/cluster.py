@@ -22,16 +22,20 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import runs
-from checks import check, check_writable
-from cluster import collect_shard, collecting, cut
+from runtime import cli
+from runtime import files
+from runtime import provenance
+from config import check
+from runtime.files import check_writable
+from runtime.cluster import collect_shard, collecting, cut
 from config import Config
-from learner import make_optimizer, update
-from loading import load_policy
-from parts import draw, splits
+from ppo import make_optimizer, update
+from runtime.loading import load_policy
+from countdown import draw
+from runtime.session import splits
 from policy import ValueHead
 from ppo import collect_mcts
-from sampling import TorchSampler
+from runtime.torch_sampler import TorchSampler
 
 GENERATORS = (1, 2, 4, 8, 16, 32, 64)
 RANK = 32  # of the adapter
@@ -239,7 +243,7 @@ def show_weights(bench: Bench, rates: dict[str, float]) -> None:
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     torch.set_num_threads(1)
     config = Config(device="cpu", cluster="local", max_staleness=0, problems=max(GENERATORS))
     policy = load_policy(config.model)
@@ -270,7 +274,7 @@ def main() -> None:
     print(f"one generator with staleness 1, really run: {together:.2f} s a step, simulated {expected:.2f}")
     show_weights(bench, rates)
     recorded = {"overhead": pairs, "service": service, "updates": updates, "rates": rates, "together": together}
-    runs.write(bench.out, json.dumps(recorded | runs.provenance()))
+    files.write(bench.out, json.dumps(recorded | provenance.provenance()))
 
 
 def expected_most(times: list[float], number: int) -> float:
@@ -281,4 +285,4 @@ def expected_most(times: list[float], number: int) -> float:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -12,9 +12,12 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import countdown
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.timing import timed
-from checks import check, check_writable
+from config import check
+from runtime.files import check_writable
 from countdown import make_problems, solve, verify
 
 
@@ -58,7 +61,7 @@ def answers(count: int) -> dict[str, list[tuple[str, countdown.Problem]]]:
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     took = {f"make {bench.problems:,} problems": seconds(lambda: make_problems(bench.problems, "train"), bench.repeats)}
     multisets = list(combinations_with_replacement(range(1, 14), 4))
     took[f"solve all {len(multisets):,} multisets"] = seconds(lambda: list(map(solve, multisets)), bench.repeats)
@@ -70,9 +73,9 @@ def main() -> None:
     for kind, pairs in answers(bench.answers).items():
         rates[kind] = len(pairs) / seconds(lambda pairs=pairs: [verify(*pair) for pair in pairs], bench.repeats)
         print(f"| {kind} | {rates[kind]:,.0f} |", flush=True)
-    found = asdict(bench) | {"seconds": took, "verified": rates} | runs.provenance()
-    runs.write(bench.out, json.dumps(found, indent=1, default=str))
+    found = asdict(bench) | {"seconds": took, "verified": rates} | provenance.provenance()
+    files.write(bench.out, json.dumps(found, indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -17,9 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import runs
-from checks import check, check_writable
-from study import METHODS
+from runtime import cli
+from runtime import files
+from runtime import provenance
+from runtime import run_folder
+from config import check
+from runtime.files import check_writable
+from experiments.study import METHODS
 
 KIT = Path(__file__).parents[1]
 RUN = (
@@ -59,7 +63,7 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     done = subprocess.run([sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{method} in {kit} ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
-    rows = runs.read_metrics(folder)
+    rows = run_folder.read_metrics(folder)
     first, last = next(row for row in rows if row["step"] == 1), rows[-1]
     return 1e6 * (last["seconds"] - first["seconds"]) / (last["generated"] - first["generated"])
 
@@ -69,13 +73,13 @@ def millions_to(score: float, pattern: str) -> float | None:
     half of them do."""
     found = []
     for folder in sorted(KIT.glob(pattern)):
-        reached = (row["generated"] for row in runs.read_metrics(folder) if row.get("eval_mean", 0) >= score)
+        reached = (row["generated"] for row in run_folder.read_metrics(folder) if row.get("eval_mean", 0) >= score)
         found.append(next(reached, math.inf))
     return median(found) / 1e6 if found and median(found) < math.inf else None
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     git = ["git", "-C", str(KIT)]
     if subprocess.run([*git, "cat-file", "-e", f"{bench.before}^{{commit}}"], capture_output=True).returncode:
         print(f"learning: this clone does not hold commit {bench.before} (git fetch --unshallow gets it): skipped")
@@ -99,8 +103,8 @@ def main() -> None:
                 print(f"| {method} | {before:.0f} | {after:.0f} | {reached} | {' | '.join(cells)} |", flush=True)
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(old)], check=True)
-    runs.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | runs.provenance(), indent=1, default=str))
+    files.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

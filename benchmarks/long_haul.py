@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ppo
-import runs
-from checks import check, check_new
+from runtime import cli
+from config import check
+from runtime.files import check_new
 from config import Config
-from mcts import SearchConfig
+from config import SearchConfig
 
 GROWTH = 0.05
 
@@ -56,7 +57,7 @@ def watch(collect: Callable[..., ppo.Collected], every: int, found: list[tuple[f
 
 
 def main() -> None:
-    bench = runs.read_config(LongHaul)
+    bench = cli.read_config(LongHaul)
     config = Config(
         out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
         evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,
@@ -70,8 +71,8 @@ def main() -> None:
     growth = max(memory) / memory[0] - 1
     print(f"\nafter warm-up: memory {growth:+.1%}, open files {max(files) - files[0]:+d}")
     if growth > GROWTH or max(files) > files[0]:
-        runs.fail(f"memory grew by more than {GROWTH:.0%}, or files were left open")
+        cli.fail(f"memory grew by more than {GROWTH:.0%}, or files were left open")
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -24,16 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-import runs
+from runtime import cli
 from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
-from checks import check
-from config import PRESETS, Config
+from config import check
+from config import Config, PRESETS
 from countdown import Problem, Reward
-from learner import batch_loss, make_optimizer
-from loading import load_policy
-from memory import GB, Costs, advice, fit, longest_prompt, read_sizes
+from ppo import batch_loss, make_optimizer
+from runtime.loading import load_policy
+from runtime.memory import Costs, GB, advice, fit, longest_prompt, read_sizes
 from policy import Batch, Policy
-from sampling import TorchSampler, Trajectory
+from runtime.torch_sampler import TorchSampler
+from sampling import Trajectory
 
 
 class Count(TorchDispatchMode):
@@ -189,7 +190,7 @@ class Bench:
 
 
 def main() -> None:
-    length = runs.read_config(Bench).length
+    length = cli.read_config(Bench).length
     with tempfile.TemporaryDirectory() as folder:
         compare(length, Path(folder))
 
@@ -234,4 +235,4 @@ def compare(length: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

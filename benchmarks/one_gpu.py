@@ -27,15 +27,19 @@ from statistics import median
 
 import torch
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
+from runtime import run_folder
 from benchmarks.random_qwen import Shape, make_checkpoint
 from benchmarks.speed import LENGTH, SIBLINGS, measure_sampling
 from benchmarks.timing import timed
-from checks import check, check_choices, check_writable
+from config import check, check_choices
+from runtime.files import check_writable
 from config import METHODS, PRESETS
 from countdown import Problem
-from loading import load_policy, locate, pick_device
-from memory import read_sizes
+from runtime.loading import load_policy, locate, pick_device
+from runtime.memory import read_sizes
 from policy import Policy
 
 COSTS = ("gpu_peak_gb", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds")
@@ -128,7 +132,7 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     done = subprocess.run([sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True)
     if done.returncode:
         return row | {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
-    steps = [step for step in runs.read_metrics(folder) if "update_seconds" in step][1:]
+    steps = [step for step in run_folder.read_metrics(folder) if "update_seconds" in step][1:]
     for key in COSTS:
         row[key] = median(step.get(key, math.nan) for step in steps)
     # a searched random model may answer in none of its trees: no update then
@@ -136,10 +140,10 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     bench.out.mkdir(parents=True, exist_ok=True)
     model = bench.model or str(make_checkpoint(Shape(bench.out / "model")))
-    found = {"steps": []} | runs.provenance()
+    found = {"steps": []} | provenance.provenance()
     print("| cap | weights | sampler | method | peak GB | tokens/s | sampler s | critic s | update s | trajectories |")
     print("|" + "---|" * 10)
     for cap, quantize, sampler, method in product(bench.caps, bench.quantize, bench.samplers, bench.methods):
@@ -150,10 +154,10 @@ def main() -> None:
         cost = " | ".join(f"{row[key]:.1f}" for key in COSTS if key in row)
         told = row.get("error", f"{cost} | {row.get('trajectories')}")
         print(f"| {cap:g} GB | {row['weights']} | {sampler} | {method} | {told} |", flush=True)
-        runs.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
+        files.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
     found |= bench_sampling(bench, model)  # last: it keeps the card's memory to the end of this process
-    runs.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
+    files.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

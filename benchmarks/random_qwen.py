@@ -15,10 +15,11 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import runs
-from checks import check, check_choices, check_writable
+from runtime import cli
+from config import check, check_choices
+from runtime.files import check_writable
 from countdown import Problem, check_game, make_problems, prompt
-from pretrain import write_game
+from experiments.pretrain import write_game
 
 # how Qwen2 cuts text into words before it merges bytes: contractions, words, single digits, punctuation, white space
 WORDS = (
@@ -122,4 +123,4 @@ def teach(lm: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) 
 
 
 if __name__ == "__main__":
-    runs.command(lambda: print(make_checkpoint(runs.read_config(Shape))))
+    cli.command(lambda: print(make_checkpoint(cli.read_config(Shape))))

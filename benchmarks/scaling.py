@@ -12,15 +12,20 @@ from pathlib import Path
 
 import torch
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.timing import timed
-from checks import check, check_writable
+from config import check
+from runtime.files import check_writable
 from config import Config
 from countdown import make_problems
-from loading import TINY, load_policy
-from mcts import SearchConfig, search
+from config import TINY
+from runtime.loading import load_policy
+from config import SearchConfig
+from mcts import search
 from policy import Policy
-from sampling import TorchSampler
+from runtime.torch_sampler import TorchSampler
 
 
 @dataclass
@@ -63,7 +68,7 @@ def measure(policy: Policy, trees: int, config: SearchConfig, repeats: int) -> d
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     torch.set_num_threads(1)
     policy = load_policy(TINY, train=False)
     base = replace(Config().search_config, children=bench.children, prior="uniform", distinct=False, min_p=0.0)
@@ -76,8 +81,8 @@ def main() -> None:
         rows.append(row)
         shown = f"{row['ms']:.2f} | {row['expanded']:.0%} | {row['ms_expansion']:.2f} | {row['us_token']:.0f}"
         print(f"| {trees} | {simulations} | {shown} |", flush=True)
-    runs.write(bench.out, json.dumps(asdict(bench) | {"scaling": rows} | runs.provenance(), indent=1, default=str))
+    files.write(bench.out, json.dumps(asdict(bench) | {"scaling": rows} | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

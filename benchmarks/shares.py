@@ -14,14 +14,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.speed import LENGTH, SIBLINGS
 from benchmarks.timing import timed
-from checks import check, check_writable
+from config import check
+from runtime.files import check_writable
 from countdown import make_problems
-from loading import TINY, load_policy
+from config import TINY
+from runtime.loading import load_policy
 from policy import Policy
-from sampling import TorchSampler
+from runtime.torch_sampler import TorchSampler
 
 KINDS = {  # of operators
     "products with the weights": ("mm", "addmm"),
@@ -91,7 +95,7 @@ def layouts(rows: int, heads: int = 5, columns: int = 40, dim: int = 32) -> dict
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     torch.set_num_threads(bench.threads)
     found = shares(load_policy(TINY, train=False), bench.rows)
     print(f"| sampling, {bench.rows} rows | share |\n|---|---|")
@@ -100,9 +104,9 @@ def main() -> None:
         costs = layouts(bench.rows)
     print("\n| attention, a layer and token | ms |\n|---|---|")
     print("\n".join(f"| {name} | {cost:.2f} |" for name, cost in costs.items()))
-    made = asdict(bench) | {"shares": found, "layouts": costs} | runs.provenance()
-    runs.write(bench.out, json.dumps(made, indent=1, default=str))
+    made = asdict(bench) | {"shares": found, "layouts": costs} | provenance.provenance()
+    files.write(bench.out, json.dumps(made, indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

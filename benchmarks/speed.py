@@ -20,15 +20,21 @@ from statistics import median
 
 import torch
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.timing import in_turn, timed
-from checks import check, check_choices, check_writable
+from config import check, check_choices
+from runtime.files import check_writable
 from config import Config
 from countdown import make_problems
-from loading import TINY, load_policy
-from mcts import SearchConfig, Tree, search
+from config import TINY
+from runtime.loading import load_policy
+from config import SearchConfig
+from mcts import Tree, search
 from policy import Policy, left_pad
-from sampling import Sample, TorchSampler, Usage
+from runtime.torch_sampler import TorchSampler
+from sampling import Sample, Usage
 
 KIT = Path(__file__).parents[1]
 SIBLINGS, LENGTH = 8, 64  # completions a prompt, tokens of one at most
@@ -221,15 +227,15 @@ def bench_search(policy: Policy, bench: Bench) -> dict:
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     torch.set_num_threads(bench.threads)
     if bench.threads == 1:
         time.perf_counter = time.process_time
     policy = load_policy(TINY, train=False)
     sections = {"sampling": bench_sampling, "search": bench_search}
     found = {name: sections[name](policy, bench) for name in bench.only}
-    runs.write(bench.out, json.dumps(asdict(bench) | found | runs.provenance(), indent=1, default=str))
+    files.write(bench.out, json.dumps(asdict(bench) | found | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

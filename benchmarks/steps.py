@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from learner import gradients, make_optimizer, micro_batches, update
-from loading import load_policy
+from learner import micro_batches
+from ppo import gradients, make_optimizer, update
+from runtime.loading import load_policy
 from policy import left_pad
 
 UNCLIPPED = 1e9

@@ -21,14 +21,19 @@ from statistics import median
 import torch
 from safetensors.torch import load_file
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.random_qwen import Shape, make_checkpoint
-from checks import check, check_choices, check_writable
+from config import check, check_choices
+from runtime.files import check_writable
 from config import Config
 from countdown import Problem, Reward, make_problems
 from distill import group_advantages
-from loading import TINY, load_policy
-from sampling import TorchSampler, Trajectory, complete
+from config import TINY
+from runtime.loading import load_policy
+from runtime.torch_sampler import TorchSampler
+from sampling import Trajectory, complete
 
 SIBLINGS = 16
 WIDE = dict(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, context=1024, dtype="float32")
@@ -182,7 +187,7 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
-    bench, rows = runs.read_config(Bench), []
+    bench, rows = cli.read_config(Bench), []
     if not find_spec("trl"):
         print("TRL is not installed (pip install -r requirements-bench.txt): skipped")
     print("| model | side, micro-batch | seconds | MiB taken | padding | time over TRL's | memory |\n|" + "---|" * 7)
@@ -190,8 +195,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(model, bench, Path(folder)))
         show(rows[-1])
-    runs.write(bench.out, json.dumps({"training": rows} | runs.provenance(), indent=1, default=str))
+    files.write(bench.out, json.dumps({"training": rows} | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

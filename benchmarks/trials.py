@@ -20,14 +20,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import runs
+from runtime import cli
+from runtime import files
+from runtime import provenance
 from benchmarks.speed import LENGTH, SIBLINGS
-from cache import Rows
-from checks import check, check_choices, check_writable
+from runtime.cache import Rows
+from config import check, check_choices
+from runtime.files import check_writable
 from countdown import make_problems
-from loading import TINY, load_policy
+from config import TINY
+from runtime.loading import load_policy
 from policy import Policy
-from sampling import Sample, TorchSampler
+from runtime.torch_sampler import TorchSampler
+from sampling import Sample
 
 
 def two_products(module, query, key, value, attention_mask, scaling, **options):
@@ -131,7 +136,7 @@ def disagreement(trainer: Policy, prompts: list[list[int]], rows: list[list[Samp
 
 
 def main() -> None:
-    bench = runs.read_config(Bench)
+    bench = cli.read_config(Bench)
     torch.set_num_threads(1)
     trainer = load_policy(TINY, train=False)
     prompts = [trainer.encode(problem) for problem in make_problems(bench.rows // SIBLINGS, "train")]
@@ -153,8 +158,8 @@ def main() -> None:
         print(
             f"| {name} | {rate:,.0f} | {row['ratio']:.2f} | {row['same']:.0%} | {row['disagreement']:.1e} |", flush=True
         )
-    runs.write(bench.out, json.dumps(asdict(bench) | {"trials": found} | runs.provenance(), indent=1, default=str))
+    files.write(bench.out, json.dumps(asdict(bench) | {"trials": found} | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

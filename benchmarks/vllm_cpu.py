@@ -12,7 +12,8 @@ import time
 
 from benchmarks.speed import LENGTH, SIBLINGS
 from countdown import make_problems
-from loading import TINY, load_policy
+from config import TINY
+from runtime.loading import load_policy
 
 REPEATS = 3
 ENVIRONMENT = {

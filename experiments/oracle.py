@@ -19,15 +19,19 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-import runs
-from checks import check, check_writable
+from runtime import cli
+from runtime import files
+from runtime import provenance
+from config import check
+from runtime.files import check_writable
 from config import TINY_TREE
 from countdown import Problem, check_game, follow, make_problems, reachable, solvable
-from distill import best_path
-from loading import load_policy, locate
+from distill import most_visited_path
+from runtime.loading import load_policy, locate
 from mcts import search
 from policy import Policy
-from sampling import STEP_END, TorchSampler, Usage, complete, read_values, stream
+from runtime.torch_sampler import TorchSampler, read_values
+from sampling import STEP_END, Usage, complete, stream
 
 
 @dataclass
@@ -119,7 +123,7 @@ def search_with_critics(policy: Policy, config: OracleConfig) -> list[dict]:
         tree = replace(shared, children=children, simulations=simulations)
         trees, usage = search(problems, prompts, sampler, critics[name], partial(policy.grade, exact=True), tree, seeds)
         sampler.rest()
-        paths = [best_path(t, tree) for t in trees]
+        paths = [most_visited_path(t, tree) for t in trees]
         row = {
             "critic": name,
             "children": children,
@@ -171,12 +175,12 @@ def judge(model: str, config: OracleConfig) -> dict:
 
 
 def main() -> None:
-    config = runs.read_config(OracleConfig)
+    config = cli.read_config(OracleConfig)
     rows = []
     for model in config.models:
         rows.append(judge(model, config))
-        runs.write(config.out, json.dumps({"critics": rows} | runs.provenance()))
+        files.write(config.out, json.dumps({"critics": rows} | provenance.provenance()))
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -21,10 +21,15 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
+from experiments import explorer
+from runtime import trees
 import explorer
-import runs
-from checks import check_choices, check_writable
-from tables import TABLES, ahead, along, by_method, pass_at, read_scores, tested
+from runtime import cli
+from runtime import files
+from runtime import run_folder
+from config import check_choices
+from runtime.files import check_writable
+from experiments.tables import TABLES, ahead, along, by_method, pass_at, read_scores, tested
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 ALONG = {"generated": "generated tokens", "seconds": "seconds of training", "cpu_seconds": "CPU seconds of training"}
@@ -141,7 +146,7 @@ REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}  # as in asset
 
 
 def draw_tree(tree: dict):
-    """A searched tree (`explorer.tree_to_dict`), coloured by whether the target is in reach; the best path is thick.
+    """A searched tree (`trees.tree_to_dict`), coloured by whether the target is in reach; the best path is thick.
     Returns the matplotlib figure."""
     places, rows = [], iter(range(10**6))
 
@@ -190,7 +195,7 @@ class PlotConfig:
             if folders := [str(folder) for folder in self.folders if folder.is_dir()]:
                 raise ValueError(f"{self.what} wants files, not folders like {folders[0]}")
         else:  # a shell's glob names other files too
-            self.folders = [f for f in self.folders if runs.log_of(f)]
+            self.folders = [f for f in self.folders if run_folder.log_of(f)]
         if not self.folders:
             raise ValueError("none of the folders holds a run (metrics.jsonl)")
         if self.what in FIGURES:
@@ -206,10 +211,10 @@ class PlotConfig:
 
 
 def main() -> None:
-    config = runs.read_config(PlotConfig)
+    config = cli.read_config(PlotConfig)
     if config.what == "tree":
         for file in config.folders:
-            runs.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))
+            files.write(page := file.with_suffix(".html"), explorer.render(explorer.read(file)))
             print(page)
         return
     if config.what in TABLES:
@@ -222,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -23,8 +23,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import runs
-from checks import check, check_writable, differing
+from runtime import cli
+from config import check
+from runtime.cli import differing
+from runtime.files import check_writable
 from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
 from policy import read_tensors
 
@@ -242,4 +244,4 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: pretrain(runs.read_config(PretrainConfig)))
+    cli.command(lambda: pretrain(cli.read_config(PretrainConfig)))

@@ -30,11 +30,15 @@ from pathlib import Path
 
 import tyro
 
-import runs
-from checks import check, check_choices, differing, read_json
-from config import differences, parse
+from runtime import cli
+from runtime import files
+from runtime import run_folder
+from config import check, check_choices
+from runtime.cli import differing
+from runtime.files import read_json
+from runtime.cli import differences, parse
 from distill import LESSONS
-from evaluate import EvaluateConfig
+from evaluate import Evaluation
 
 # not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
 METHODS = {
@@ -183,7 +187,7 @@ def cold(config: StudyConfig) -> Jobs:
     yield "base", "evaluate.py assets/tiny --temperature 0.2"
     for stage in compare, samples, ablate:
         for name, command in stage(config):
-            stopped = runs.ending(runs.read_metrics(config.out / stage.__name__ / name)) == "stopped"
+            stopped = run_folder.ending(run_folder.read_metrics(config.out / stage.__name__ / name)) == "stopped"
             if not stopped and "--split post" not in command:  # no policy is left; it was taught these problems
                 yield name, f"evaluate.py runs/{stage.__name__}/{name} --temperature 0.2"
 
@@ -217,7 +221,7 @@ EVALUATED = ("cold", "fresh", "search")  # stages that train nothing
 
 
 def configuration(command: list[str]) -> tuple[list[str], str]:
-    """A command's options and method, as `config.parse` takes them."""
+    """A command's options and method, as `cli.parse` takes them."""
     return (command[1:], "mcts") if command[0] == "ppo.py" else (command[3:], command[2])
 
 
@@ -229,7 +233,7 @@ def check_settings(folder: Path, command: list[str]) -> None:
         place = folder.with_name(f"{folder.name}.json")
         differ = evaluated_otherwise(place, command) if place.exists() else []
     elif (folder / "config.json").exists():
-        differ = differences(runs.read_settings(folder), parse(*configuration([*command, "--preset", "tiny"]))[0])
+        differ = differences(run_folder.read_settings(folder), parse(*configuration([*command, "--preset", "tiny"]))[0])
     if differ:
         raise ValueError(f"{place} has other settings ({'; '.join(differ)}): move it away or delete it")
 
@@ -237,14 +241,14 @@ def check_settings(folder: Path, command: list[str]) -> None:
 def evaluated_otherwise(file: Path, command: list[str]) -> list[str]:
     """Which settings of an evaluation are not the command's, a piece of text each; one not there had its default."""
     usual, wanted = (
-        json.loads(json.dumps(asdict(runs.read_config(EvaluateConfig, args)), default=str))
+        json.loads(json.dumps(asdict(cli.read_config(Evaluation, args)), default=str))
         for args in ([], command[1:])
     )
     return differing(usual | read_json(file) | {"out": wanted["out"]}, wanted)
 
 
 def is_done(folder: Path) -> bool:
-    return bool(runs.ending(runs.read_metrics(folder)))
+    return bool(run_folder.ending(run_folder.read_metrics(folder)))
 
 
 def call(command: list[str], config: StudyConfig) -> None:
@@ -262,7 +266,7 @@ def measure(name: str, command: str, config: StudyConfig) -> None:
     kept, fresh = config.out / config.stage / f"{name}.json", Path("runs") / config.stage / f"{name}.json"
     if not kept.exists():
         call([*command.split(), "--out", str(fresh)], config)
-        runs.write(kept, fresh.read_text())
+        files.write(kept, fresh.read_text())
 
 
 def run(name: str, command: str, config: StudyConfig) -> None:
@@ -275,11 +279,11 @@ def run(name: str, command: str, config: StudyConfig) -> None:
         begun = (folder / "config.json").exists()
         options = ["--resume", str(folder)] if begun else [*options, "--preset", "tiny", "--out", str(folder)]
         call([program, *options], config)
-    runs.pack(folder, kept)
+    run_folder.pack(folder, kept)
 
 
 def main() -> None:
-    config = runs.read_config(StudyConfig)
+    config = cli.read_config(StudyConfig)
     jobs = dict(STAGES[config.stage](config))
     for name, command in jobs.items():
         for folder in (Path("runs"), config.out):
@@ -296,8 +300,8 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:
-        runs.fail(f"{failed} of {len(jobs)} runs failed; the same command goes on with them")
+        cli.fail(f"{failed} of {len(jobs)} runs failed; the same command goes on with them")
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -9,26 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
-from checks import differing, read_json
-from config import METHODS, PRESETS, preset_for, settings
-from evaluate import DRAWS, interval, resampled
+from runtime import run_folder
+from runtime.cli import differing
+from runtime.files import read_json
+from config import METHODS, PRESETS, preset_for
+from runtime.cli import result_settings
+from runtime.scores import DRAWS, interval, resampled
 
 RUN = tuple[dict, list[dict]]  # settings, rows of metrics
 
 
 def load(folder: Path) -> RUN:
     """A run's configuration and its rows of metrics. ValueError for a config.json that no run has written."""
-    config = runs.read_settings(folder)
+    config = run_folder.read_settings(folder)
     try:
-        told = settings(config)
+        told = result_settings(config)
         hash(tuple(told.values()))  # runs are told apart by them
         known = "seed" in config and told["search"] in METHODS and told["preset"] in PRESETS
     except TypeError:  # a value of another kind
         known = False
     if not known:
         raise ValueError(f"{folder}/config.json is damaged: it does not hold the settings of a run")
-    return config, runs.read_metrics(folder)
+    return config, run_folder.read_metrics(folder)
 
 
 def named(key: str, value: object) -> str:
@@ -41,13 +43,13 @@ def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
     differ in more, such settings, if other than in their preset, are part of every name. ValueError for a seed that is
     there twice."""
     found, values = defaultdict(list), defaultdict(set)
-    loaded = [(settings(config), config, rows) for config, rows in map(load, folders)]
+    loaded = [(result_settings(config), config, rows) for config, rows in map(load, folders)]
     for told, _, _ in loaded:
         for key, value in told.items():
             values[told["search"], key].add(value)
     varied = {key for (_, key), some in values.items() if len(some) > 1}
     for told, config, rows in loaded:
-        usual = settings(asdict(preset_for(told["preset"], told["search"])))
+        usual = result_settings(asdict(preset_for(told["preset"], told["search"])))
         other = [
             named(key.split(".")[-1], told[key])
             for key in usual
@@ -65,7 +67,7 @@ def require_test(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> di
     """ValueError if a run has no test after training, or no `key` in it."""
     for name, some in found.items():
         for config, rows in some:
-            if runs.ending(rows) != "finished" or key not in rows[-1]:
+            if run_folder.ending(rows) != "finished" or key not in rows[-1]:
                 raise ValueError(
                     f"{name}, seed {config['seed']}, has no {key} after training: leave it out or --resume it"
                 )
@@ -153,14 +155,14 @@ def ahead(name: str, found: dict[str, list[RUN]]) -> tuple[float, float, float] 
 
 def tested_on(some: list[RUN]) -> list:
     """What the test problems of runs depend on."""
-    return [settings(some[0][0])[name] for name in ("split", "size", "test_problems", "eval_temperature")]
+    return [result_settings(some[0][0])[name] for name in ("split", "size", "test_problems", "eval_temperature")]
 
 
 def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
     """`by_method` without the runs that were stopped because they had collapsed; and of each row how many seeds there
     are and how many had collapsed."""
     every = by_method(folders)
-    left = {name: [run for run in some if runs.ending(run[1]) != "stopped"] for name, some in every.items()}
+    left = {name: [run for run in some if run_folder.ending(run[1]) != "stopped"] for name, some in every.items()}
     counts = {name: (len(left[name]), len(some) - len(left[name])) for name, some in every.items()}
     seeds = {
         name: ", ".join(f"{n}{what}" for n, what in zip(pair, ("", " collapsed")) if n) for name, pair in counts.items()
@@ -245,7 +247,7 @@ def validation_table(folders: list[Path]) -> str:
     found, stopped = [], []
     for folder in folders:
         config, rows = load(folder)
-        if runs.ending(rows) == "stopped":
+        if run_folder.ending(rows) == "stopped":
             tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
             stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
         elif evaluated := [row for row in rows if "eval_mean" in row]:

@@ -23,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
-from checks import check, check_new
-from config import parse
+from runtime import cli
+from runtime import run_folder
+from config import check
+from runtime.files import check_new
+from runtime.cli import parse
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number of runs
 OPTIONS = (
@@ -118,7 +120,7 @@ def disturb(test: ClusterTest, rng: random.Random) -> tuple[list[Path], Counter]
 
 def account(test: ClusterTest, folder: Path) -> str:
     """What is wrong with a run's accounts, or nothing."""
-    rows = [row for row in runs.read_metrics(folder) if "shards" in row]
+    rows = [row for row in run_folder.read_metrics(folder) if "shards" in row]
     trained = Counter(tuple(shard) for row in rows for shard in row["shards"])
     expected = {(step, number) for step in range(test.steps) for number in range(3)}
     lost, doubled = len(expected - trained.keys()), sum(times > 1 for times in trained.values())
@@ -131,11 +133,11 @@ def weights(folder: Path) -> list[bytes]:
 
 
 def curve(folder: Path) -> list[float]:
-    return [row["eval_reward"] for row in runs.read_metrics(folder) if "eval_reward" in row]
+    return [row["eval_reward"] for row in run_folder.read_metrics(folder) if "eval_reward" in row]
 
 
 def main() -> None:
-    test = runs.read_config(ClusterTest)
+    test = cli.read_config(ClusterTest)
     parse(options(test, 0), "mcts")  # before Ray and minutes of runs
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     import ray
@@ -162,11 +164,11 @@ def main() -> None:
     print(f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside")
     print(f"accounts: {'; '.join(wrong) or 'right'}")
     if wrong:
-        runs.fail("a run lost something")
+        cli.fail("a run lost something")
 
 
 def show(folder: Path) -> None:
-    rows = [row for row in runs.read_metrics(folder) if "shards" in row]
+    rows = [row for row in run_folder.read_metrics(folder) if "shards" in row]
     restarts, dropped = (sum(row[key] for row in rows) for key in ("restarts", "dropped"))
     points = ", ".join(f"{value:+.3f}" for value in curve(folder))
     print(
@@ -175,4 +177,4 @@ def show(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

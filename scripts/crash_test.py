@@ -22,18 +22,20 @@ from pathlib import Path
 
 import torch
 
-import parts
+from runtime import session
 import ppo
-import runs
-from checks import check, check_new
+from runtime import cli
+from runtime import run_folder
+from config import check
+from runtime.files import check_new
 
 # what begins, and the seconds after which it is over at the latest
 PHASES = {
     "search": (ppo, "search", 0.15),
     "update": (ppo, "update", 0.06),
-    "checkpoint": (runs.Run, "publish", 0.08),
-    "evaluation": (parts.Parts, "measure", 0.1),
-    "metrics": (runs.Run, "log", 0.01),
+    "checkpoint": (run_folder.Run, "publish", 0.08),
+    "evaluation": (session.Session, "measure", 0.1),
+    "metrics": (run_folder.Run, "log", 0.01),
 }
 OPTIONS = (
     "--preset tiny --device cpu --steps 6 --tokens 0 --problems 4 --max-tokens 64 --tree.simulations 32 --warmup 0 "
@@ -79,7 +81,7 @@ def train(options: list[str], log: Path) -> None:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        runs.command(lambda: ppo.run(ppo.COLLECTORS, options, "mcts"))
+        cli.command(lambda: launch.launch(ppo.COLLECTORS, options, "mcts"))
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -143,7 +145,7 @@ def crash(test: CrashTest, number: int, rng: random.Random) -> list[tuple[str, s
 
 
 def main() -> None:
-    test = runs.read_config(CrashTest)
+    test = cli.read_config(CrashTest)
     torch.set_num_threads(1)  # one that forked from several would hang
     began, rng, bad = time.perf_counter(), random.Random(test.seed), 0
     test.out.mkdir(parents=True)
@@ -166,8 +168,8 @@ def main() -> None:
     seconds = time.perf_counter() - began
     print(f"\n{everywhere.total()} kills ({kills}; {inside} inside), {bad} of {test.runs} runs differ, {seconds:.0f} s")
     if bad:
-        runs.fail(f"{bad} runs did not end like the one left alone")
+        cli.fail(f"{bad} runs did not end like the one left alone")
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    cli.command(main)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import runs
-from checks import check_new
+from runtime import cli
+from runtime.files import check_new
 
 # tokenizer.ggml.pre: how text is cut before byte pairs are merged (transformers 5.19 doesn't cut smollm at digits)
 CUTS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
@@ -113,4 +113,4 @@ def convert(config: ConvertConfig) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: convert(runs.read_config(ConvertConfig)))
+    cli.command(lambda: convert(cli.read_config(ConvertConfig)))

@@ -17,11 +17,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import runs
-from checks import check, check_new
+from runtime import cli
+from config import check
+from runtime.files import check_new
 from countdown import check_game
-from loading import load_policy, locate, pick_device
-from pretrain import PretrainConfig, games
+from runtime.loading import load_policy, locate, pick_device
+from experiments.pretrain import PretrainConfig, games
 
 
 @dataclass
@@ -89,4 +90,4 @@ def warm_up(config: WarmUpConfig) -> list[float]:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: warm_up(runs.read_config(WarmUpConfig)))
+    cli.command(lambda: warm_up(cli.read_config(WarmUpConfig)))

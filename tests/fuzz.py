@@ -19,7 +19,7 @@ from fractions import Fraction
 from random import Random
 
 import countdown
-import runs
+from runtime import cli
 from countdown import Problem, prompt
 
 # ------------------------------------------------------------------------------------------------ the oracle
@@ -337,4 +337,4 @@ def main(config: FuzzConfig) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(runs.read_config(FuzzConfig)))
+    cli.command(lambda: main(cli.read_config(FuzzConfig)))

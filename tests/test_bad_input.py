@@ -10,8 +10,8 @@ import torch
 from test_loading import edit
 from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Config, MambaConfig, T5Config
 
-from checks import check_writable
-from loading import load_policy
+from runtime.files import check_writable
+from runtime.loading import load_policy
 
 HERE = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import baselines
 from baselines import collect_best_of_n, collect_groups
 from distill import group_advantages
-from sampling import TorchSampler
+from runtime.torch_sampler import TorchSampler
 
 REWARDS = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16)
 

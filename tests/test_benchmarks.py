@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import cluster, game, learning, one_gpu, scaling, shares, training, trials
-from learner import gradients, make_optimizer
-from loading import TINY, load_policy
+from ppo import gradients, make_optimizer
+from config import TINY
+from runtime.loading import load_policy
 from scripts import cluster_test
 
 

@@ -18,15 +18,19 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import baselines
-import cluster
+from runtime import cluster
 import ppo
-import runs
-from cluster import Cluster, Harvest, Shard, collecting, connect, cut, in_shards, merge
-from config import Config, parse
+from runtime import provenance
+from runtime import run_folder
+from runtime.cluster import Cluster, Harvest, Shard, collecting, connect, cut, in_shards, merge
+from config import Config
+from runtime.cli import parse
 from countdown import Reward
-from parts import draw, splits
-from runs import read_metrics
-from sampling import TorchSampler, Trajectory, Usage
+from countdown import draw
+from runtime.session import splits
+from runtime.run_folder import read_metrics
+from runtime.torch_sampler import TorchSampler
+from sampling import Trajectory, Usage
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
 
@@ -157,7 +161,7 @@ class Inline:
         if (found := self.script(name, args[0] if name == "collect" else None)) is not None:
             raise found
         if name == "load":
-            return runs.identity()
+            return provenance.identity()
         shard, version, _ = args
         found = [Trajectory(p, [0], [1], [0.0], Reward(0, False, True, ""), version, "") for p in shard.problems]
         return found, Usage(len(found), 0, 1.0), {"tree": float(shard.step)}
@@ -406,4 +410,4 @@ def test_the_command_starts_ray_and_ends_it(tmp_path, checkpoint):
     done = subprocess.run([sys.executable, kit / "ppo.py", *options.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
-    assert runs.finished(tmp_path / "run")
+    assert run_folder.finished(tmp_path / "run")

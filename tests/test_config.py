@@ -9,9 +9,10 @@ from statistics import mean
 import pytest
 import torch
 
-import runs
-from config import EARLIER, METHODS, PRESETS, Config, differences, parse, preset_for, settings
-from mcts import SearchConfig
+from runtime import run_folder
+from config import Config, EARLIER, METHODS, PRESETS, preset_for
+from runtime.cli import differences, parse, result_settings
+from config import SearchConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -63,19 +64,19 @@ def test_tiny_steps_are_their_methods_best():
 
     def way(config: dict, method: str) -> tuple:
         own = {"mcts": trees, "none": set()}.get(method, {"samples"})
-        told = settings(config)
+        told = result_settings(config)
         return tuple((name, told[name]) for name in sorted({"problems", "learning_rate", "reward"} | own))
 
     for method in METHODS:
         like = "cispo" if method == "grpo" else method
         scores = defaultdict(list)
         for folder in (*(RESULTS / "compare").glob(f"{like}-*"), *(RESULTS / "samples").glob(f"{like}-*")):
-            last = [row["eval_mean"] for row in runs.read_metrics(folder) if "eval_mean" in row][-1]
-            if not runs.read_settings(folder).get("min_p"):
-                scores[way(runs.read_settings(folder), like)].append(last)
+            last = [row["eval_mean"] for row in run_folder.read_metrics(folder) if "eval_mean" in row][-1]
+            if not run_folder.read_settings(folder).get("min_p"):
+                scores[way(run_folder.read_settings(folder), like)].append(last)
         mine = way(asdict(preset_for("tiny", method)), like)
         assert mine == max(scores, key=lambda some: mean(scores[some])) and len(scores[mine]) == 5
-        assert mine in [way(runs.read_settings(f), like) for f in (RESULTS / "tune").glob(f"{like}-*")]
+        assert mine in [way(run_folder.read_settings(f), like) for f in (RESULTS / "tune").glob(f"{like}-*")]
         assert preset_for("post", method).problems == 16
         assert preset_for("post", method).samples == (16 if like == "cispo" else 64)
 

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import memory
+from runtime import memory
 import ppo
 from baselines import COLLECTORS
 from config import Config
-from learner import gradients, make_optimizer
-from loading import TINY, load_policy
-from mcts import SearchConfig, search
-from runs import read_metrics
-from sampling import TorchSampler, complete
+from ppo import gradients, make_optimizer
+from config import TINY
+from runtime.loading import load_policy
+from config import SearchConfig
+from mcts import search
+from runtime.run_folder import read_metrics
+from runtime.torch_sampler import TorchSampler
+from sampling import complete
 
 pytestmark = [
     pytest.mark.gpu,

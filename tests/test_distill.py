@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from config import Config
 from countdown import Problem, Reward
-from distill import LESSONS, best_answer, best_path, group_advantages, tree_values
-from learner import batch_loss
-from mcts import SearchConfig
+from distill import LESSONS, best_answer, group_advantages, most_visited_path, tree_values
+from ppo import batch_loss
+from config import SearchConfig
 from sampling import Trajectory
 
 # ------------------------------------------------------------------------------------------------ one answer
@@ -23,7 +23,7 @@ def test_best_path_ends_in_an_answer():
     worse, better = node(2, -0.2, reward=-0.2), node(2, 0.4, reward=0.4)
     open_end, low, high = node(5, 0.9, [node(4, 0.9)]), node(3, 0.0, reward=0.0), node(3, 0.1, [worse, better])
     tree = tree_of(node(12, 0.2, [open_end, low, high]))
-    assert best_path(tree, SearchConfig()) is better
+    assert most_visited_path(tree, SearchConfig()) is better
 
 
 def test_best_answer_is_the_maximum():
@@ -31,7 +31,7 @@ def test_best_answer_is_the_maximum():
     rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
     tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
     assert best_answer(tree, SearchConfig()) is often
-    assert best_path(tree, SearchConfig()) is best
+    assert most_visited_path(tree, SearchConfig()) is best
 
 
 # ------------------------------------------------------------------------------------------------ all answers

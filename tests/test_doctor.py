@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import doctor
+from scripts import doctor
 
 CARD = "NVIDIA RTX 4090, 24564 MiB, 580.95"
 LOWEST = dict(re.findall(r"^([\w-]+)[=>]=([\d.]+)", (doctor.HERE / "requirements.txt").read_text(), re.M))

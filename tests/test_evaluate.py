@@ -11,9 +11,11 @@ import torch
 
 import evaluate as module
 from countdown import Problem, Reward
-from evaluate import Score, best_of_budget, bootstrap, evaluate, evaluate_search
-from mcts import SearchConfig
-from sampling import TorchSampler, Usage
+from evaluate import best_of_budget, score_policy, score_search
+from runtime.scores import Score, bootstrap
+from config import SearchConfig
+from runtime.torch_sampler import TorchSampler
+from sampling import Usage
 
 WRONG = Reward(-0.5, False, True, "wrong value")
 
@@ -69,7 +71,7 @@ def test_a_score_by_hand():
 def test_evaluation_counts_problems_samples_and_tokens(policy, writer, problems):
     """Prevents answers graded against another problem, and tokens that are not counted."""
     sampler = writer(("<answer> 2 + 3 </answer>", 1.0))
-    score = evaluate(policy, sampler, problems[:2], samples=3)
+    score = score_policy(policy, sampler, problems[:2], samples=3)
     assert (score.problems, score.samples, score.mean_at_k, score.pass_at_k) == (2, 3, 0.5, 0.5)
     assert (score.parsed, score.reward) == (1.0, pytest.approx((1 + 1 - 2 * 20 / 25) / 2))
     assert score.usage.generated == 6 * 6
@@ -83,9 +85,9 @@ def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer,
     scores = []
     for chunk in (64, 7):
         monkeypatch.setattr(module, "CHUNK", chunk)
-        scores.append(evaluate(policy, sampler, problems, samples=4))
+        scores.append(score_policy(policy, sampler, problems, samples=4))
     assert scores[0] == scores[1] and scores[0].mean_low < scores[0].mean_at_k < scores[0].mean_high
-    assert evaluate(policy, sampler, problems, samples=4, seed=1) != scores[0]
+    assert score_policy(policy, sampler, problems, samples=4, seed=1) != scores[0]
 
 
 @pytest.mark.parametrize(("method", "budget"), [("mcts", 40), ("best-of-n", 9)])
@@ -95,7 +97,7 @@ def test_so_do_its_searches(policy, writer, monkeypatch, method, budget):
     config, found = SearchConfig(simulations=2, children=1, token_budget=budget, max_tokens=64), []
     for chunk in (64, 7):
         monkeypatch.setattr(module, "CHUNK", chunk)
-        found.append(evaluate_search(policy, sampler, [Problem((2, 3), 5)] * 40, method, config).right)
+        found.append(score_search(policy, sampler, [Problem((2, 3), 5)] * 40, method, config).right)
     assert found[0] == found[1] and 0 < sum(found[0]) < 40
 
 
@@ -139,7 +141,7 @@ def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, prob
     monkeypatch.setattr(module, "CHUNK", 1)
     sampler = writer(("<answer> 2 + 3 </answer>", 0.3), ("<answer> 3 </answer>", 0.7))
     config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64)
-    score = evaluate_search(policy, sampler, problems[:2], method, config)
+    score = score_search(policy, sampler, problems[:2], method, config)
     assert (score.problems, score.samples, score.mean_at_k) == (2, 1, 0.5)
     assert score.reward == pytest.approx((1 + 1 - 2 * 20 / 25) / 2)
     assert 0 < score.usage.generated <= 2 * 100 and score.usage.prefilled > 0
@@ -152,13 +154,13 @@ def test_a_near_miss_does_not_draw_the_search_to_itself(policy, fake_sampler):
     below = {len(prompt): [(near, 0.7, "end"), (step, 0.3, "step")], len(prompt) + 4: [(right, 1.0, "end")]}
     sampler = fake_sampler(lambda prefix: below.get(len(prefix), [(step, 1.0, "step")]))
     config = SearchConfig(simulations=60, children=16, workers=1, max_tokens=64)
-    assert evaluate_search(policy, sampler, [Problem((2, 3), 5)], "mcts", config).mean_at_k == 1
+    assert score_search(policy, sampler, [Problem((2, 3), 5)], "mcts", config).mean_at_k == 1
 
 
 def test_a_tree_without_an_answer_counts_as_no_answer(policy, fake_sampler, problems):
     """Prevents unanswered problems from leaving the average."""
     sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
-    score = evaluate_search(policy, sampler, problems, "mcts", SearchConfig(simulations=2, workers=1, max_tokens=64))
+    score = score_search(policy, sampler, problems, "mcts", SearchConfig(simulations=2, workers=1, max_tokens=64))
     assert (score.problems, score.mean_at_k, score.reward, score.parsed) == (4, 0.0, -1.0, 0.0)
 
 
@@ -169,10 +171,10 @@ def test_a_search_keeps_nothing_of_the_one_before_it(policy, problems, monkeypat
     used = []
     for problem in problems[:3]:
         sampler = TorchSampler(policy)
-        evaluate_search(policy, sampler, [problem], "mcts", config)
+        score_search(policy, sampler, [problem], "mcts", config)
         used.append(sampler.pool.used)
     sampler = TorchSampler(policy)
-    evaluate_search(policy, sampler, problems[:3], "mcts", config)
+    score_search(policy, sampler, problems[:3], "mcts", config)
     assert min(used) > 20 and sampler.pool.used <= 1.5 * max(used)
 
 

@@ -9,14 +9,17 @@ from shutil import which
 import numpy as np
 import pytest
 
+from experiments import explorer
+from runtime import trees
 import explorer
-import plots
+from experiments import plots
 from config import Config
 from countdown import Problem
-from loading import TINY, load_policy
+from config import TINY
+from runtime.loading import load_policy
 from mcts import search
 from ppo import collect_mcts
-from sampling import TorchSampler
+from runtime.torch_sampler import TorchSampler
 
 SETTINGS = Config().search_config
 
@@ -37,7 +40,7 @@ def every(node):
 def test_the_page_holds_the_visited_tree(searched):
     """Prevents numbers of another node, a best path that is not the search's, an oracle that reads other numbers."""
     policy, tree = searched
-    made = explorer.tree_to_dict(tree, policy, SETTINGS)
+    made = trees.tree_to_dict(tree, policy, SETTINGS)
     nodes, visited = every(made["root"]), [node for node in tree.nodes() if node.visits]
     assert made["problem"] == "5 4 5 12 → 116" and len(nodes) == len(visited) > 10
     assert sorted(n["visits"] for n in nodes) == sorted(n.visits for n in visited)
@@ -54,7 +57,7 @@ def test_the_page_holds_the_visited_tree(searched):
 def test_a_models_text_is_never_markup(searched):
     """Prevents a completion that runs as a script when somebody looks at it."""
     policy, tree = searched
-    made = explorer.tree_to_dict(tree, policy, SETTINGS)
+    made = trees.tree_to_dict(tree, policy, SETTINGS)
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028\u2029\"'&quot;<!--"
     made["root"]["children"][0]["text"] = made["problem"] = hostile
     page = explorer.render([made])
@@ -76,7 +79,7 @@ def test_a_models_text_is_never_markup(searched):
 def test_the_page_opens_draws_and_answers_a_click(searched, tmp_path):
     """Prevents a page with a broken script, found by the first reader."""
     policy, tree = searched
-    page = explorer.render([explorer.tree_to_dict(tree, policy, SETTINGS)])
+    page = explorer.render([trees.tree_to_dict(tree, policy, SETTINGS)])
     clicks = """<script>
         const nodes = () => [...document.querySelectorAll(".node")], before = nodes().length;
         const click = () => nodes().at(-1).dispatchEvent(new MouseEvent("click"));

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loading import load_policy
+from runtime.loading import load_policy
 
 gguf = pytest.importorskip("gguf", reason="the package gguf writes the file under test: requirements-test.txt")
 from gguf.quants import dequantize, quantize  # noqa: E402

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import runs
+from runtime import run_folder
 from config import Config
-from guard import Guard
+from runtime.guard import Guard
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 @pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl*")), ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
     """Prevents a limit that stops a run that learns, and one that lets a lost run spend its budget."""
-    guard, found = Guard(Config().max_kl, Config().patience), runs.read_metrics(run.parent)
+    guard, found = Guard(Config().max_kl, Config().patience), run_folder.read_metrics(run.parent)
     stopped = next((row["step"] for row in found if guard.check(row)), None)
     if "stopped" in found[-1]:  # by the guard of its day
         assert stopped and stopped <= found[-1]["step"]

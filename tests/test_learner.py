@@ -12,9 +12,11 @@ from torch.testing import assert_close
 import learner
 from config import Config
 from countdown import Reward
-from learner import batch_loss, cispo_loss, gae, kl_k3, make_optimizer, micro_batches, ppo_loss, token_weights, update
-from loading import load_policy
-from sampling import TorchSampler, Trajectory, complete
+from learner import micro_batches
+from ppo import batch_loss, cispo_loss, gae, kl_k3, make_optimizer, ppo_loss, token_weights, update
+from runtime.loading import load_policy
+from runtime.torch_sampler import TorchSampler
+from sampling import Trajectory, complete
 
 UNIT = st.floats(-1, 1, width=32)
 LOGPROBS = st.floats(-6, 0, width=32)

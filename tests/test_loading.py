@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from countdown import Problem
-from loading import load_policy, locate, pick_device
+from runtime.loading import load_policy, locate, pick_device
 
 
 def edit(path, **changes):

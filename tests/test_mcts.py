@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import mcts
 from countdown import Problem, Reward, legal_moves, reachable, solvable
-from distill import LESSONS, best_answer, best_path
-from mcts import Node, SearchConfig, Tree
-from sampling import Distinct, Sample, Usage
+from distill import LESSONS, best_answer, most_visited_path
+from config import SearchConfig
+from mcts import Node, Tree
+from sampling import Sample, SamplingParams, Usage
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
 
@@ -125,22 +126,22 @@ def tree_of(root):
 def test_puct_by_hand():
     """A wrong exploration term: Q + 2 P 3 / (1 + N)."""
     q, prior, visits = np.array([0.5, -0.25, 0.0]), np.array([0.2, 0.5, 0.3]), np.array([3, 1, 0])
-    assert mcts.puct(q, prior, visits, 9, 2.0) == pytest.approx([0.8, 1.25, 1.8])
+    assert selection.puct(q, prior, visits, 9, 2.0) == pytest.approx([0.8, 1.25, 1.8])
 
 
 def test_uct_by_hand():
     """A wrong bonus, or 0 / 0 where nothing was visited: ln 8 = 2.079442."""
     q, visits = np.array([0.5, 0.0, -1.0]), np.array([4, 1, 0])
-    assert mcts.uct(q, visits, 8, 1.5) == pytest.approx([1.581520, 2.163040, math.inf], abs=1e-6)
-    assert mcts.uct(q, visits, 8, 0.0) == pytest.approx([0.5, 0.0, math.inf])
-    assert mcts.uct(q, np.zeros(3, int), 1, 1.5).tolist() == [math.inf] * 3
+    assert selection.uct(q, visits, 8, 1.5) == pytest.approx([1.581520, 2.163040, math.inf], abs=1e-6)
+    assert selection.uct(q, visits, 8, 0.0) == pytest.approx([0.5, 0.0, math.inf])
+    assert selection.uct(q, np.zeros(3, int), 1, 1.5).tolist() == [math.inf] * 3
 
 
 @pytest.mark.parametrize("unvisited, expected", [("parent", -0.5), ("zero", 0.0)])
 def test_value_of_an_unvisited_child(unvisited, expected):
     """First-play urgency 0 drags visits over hopeless children; the choice must be the one that is named."""
     parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(prior=0.3)])
-    q, prior, visits = mcts.child_statistics(parent, SearchConfig(unvisited=unvisited))
+    q, prior, visits = mcts.statistics(parent, SearchConfig(unvisited=unvisited))
     assert (q.tolist(), prior.tolist(), visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
 
 
@@ -148,7 +149,7 @@ def test_value_of_an_unvisited_child(unvisited, expected):
 def test_virtual_loss_by_hand(virtual_loss, expected):
     """A virtual loss that is none: with W = -1, N = 2 and 2 pending, `value` repels (-3/4), `visit` attracts (-1/4)."""
     parent = node(3, -0.5, [node(2, -0.5, pending=2), node(pending=1)])
-    q, _, visits = mcts.child_statistics(parent, SearchConfig(virtual_loss=virtual_loss))
+    q, _, visits = mcts.statistics(parent, SearchConfig(virtual_loss=virtual_loss))
     assert (q.tolist(), visits.tolist()) == (expected, [4, 1])
 
 
@@ -167,14 +168,14 @@ def test_completed_q_by_hand():
     """A wrong sigma: v_mix = (0.2 + 3 (0.5 * 0.4 - 0.3 * 0.2) / 0.8) / 4 = 0.18125, rescaled (v + 0.2) / 0.6, times
     (50 + 2) * 0.1; without visits all children count alike."""
     parent, prior = node(value=0.2), np.array([0.5, 0.3, 0.2])
-    sigma = mcts.completed_q(parent, np.array([0.4, -0.2, 9.0]), prior, np.array([2, 1, 0]))
+    sigma = selection.completed_q(parent, np.array([0.4, -0.2, 9.0]), prior, np.array([2, 1, 0]))
     assert sigma == pytest.approx([5.2, 0.0, 5.2 * 0.38125 / 0.6])
-    assert mcts.completed_q(parent, np.full(3, 9.0), prior, np.zeros(3, int)).tolist() == [0, 0, 0]
+    assert selection.completed_q(parent, np.full(3, 9.0), prior, np.zeros(3, int)).tolist() == [0, 0, 0]
 
 
 def test_gumbel_inner_by_hand():
     """Inner nodes that ignore the visits: with equal Q, pi' is the prior and 0.6 - 1/2 < 0.4 - 0/2."""
-    scores = mcts.gumbel_inner(node(value=0.3), np.array([0.3, 0.0]), np.array([0.6, 0.4]), np.array([1, 0]))
+    scores = selection.gumbel_inner(node(value=0.3), np.array([0.3, 0.0]), np.array([0.6, 0.4]), np.array([1, 0]))
     assert scores == pytest.approx([0.1, 0.4])
 
 
@@ -199,7 +200,7 @@ def test_considered_visits(actions, simulations, halvings):
     for considered, more in halvings:
         planned += [visits + i for i in range(more) for _ in range(considered)]
         visits += more
-    assert mcts.considered_visits(actions, simulations) == planned
+    assert selection.considered_visits(actions, simulations) == planned
 
 
 @given(st.integers(1, 40), st.integers(1, 200))
@@ -207,7 +208,7 @@ def test_considered_visits(actions, simulations, halvings):
 def test_considered_visits_can_be_played(actions, simulations):
     """A plan whose turn no child has, which would send every later visit to the first child."""
     visits = [0] * actions
-    for turn in mcts.considered_visits(actions, simulations):
+    for turn in selection.considered_visits(actions, simulations):
         visits[visits.index(turn)] += 1
     assert sum(visits) == simulations
     assert simulations < actions or min(visits) > 0
@@ -255,7 +256,7 @@ def test_sequential_halving_keeps_the_best(world, seed):
     for turn in [count for count in range(2, 12) for _ in range(2)]:
         visits[best(turn)] += 1
     assert [child.visits for child in children] == visits.tolist()
-    assert best_path(tree, config) is children[best(12)]
+    assert most_visited_path(tree, config) is children[best(12)]
 
 
 @pytest.mark.parametrize("gumbel, kept", [(4.0, 1), (2.0, 0)])
@@ -268,8 +269,8 @@ def test_gumbel_choice_by_hand(gumbel, kept):
         node(1, 0.9, prior=0.2, reward=0.9),
     ]
     tree = tree_of(node(8, 0.1, children, value=0.0))
-    assert best_path(tree, SearchConfig(selection="gumbel")) is children[kept]
-    assert best_path(tree, SearchConfig()) is children[0]
+    assert most_visited_path(tree, SearchConfig(selection="gumbel")) is children[kept]
+    assert most_visited_path(tree, SearchConfig()) is children[0]
 
 
 # ------------------------------------------------------------------------------------------------ expand
@@ -296,7 +297,7 @@ def test_duplicates_are_merged():
     """Siblings with the same tokens that split their visits, a child for an empty sample, lost counts."""
     tree = tree_of(Node())
     drawn = [Sample(tokens, [-1.0] * len(tokens), "step") for tokens in ([1, 2], [3], [1, 2], [])]
-    mcts.hang(tree, tree.root, drawn, SearchConfig(prior="count"))
+    mcts.add_children(tree, tree.root, drawn, SearchConfig(prior="count"))
     first, second = tree.root.children
     assert (first.tokens, first.count, second.tokens, second.count, tree.merged) == ([1, 2], 2, [3], 1, 1)
     assert [first.prior, second.prior] == pytest.approx([2 / 3, 1 / 3])
@@ -305,7 +306,7 @@ def test_duplicates_are_merged():
 def test_gumbel_noise():
     """No noise, or another one: the Gumbel distribution has mean 0.5772 and variance pi^2 / 6 (here at 5 sigma)."""
     tree, count = tree_of(Node()), 4000
-    mcts.hang(tree, tree.root, [Sample([i], [-1.0], "step") for i in range(count)], SearchConfig())
+    mcts.add_children(tree, tree.root, [Sample([i], [-1.0], "step") for i in range(count)], SearchConfig())
     gumbel = np.array([child.gumbel for child in tree.root.children])
     assert gumbel.mean() == pytest.approx(0.5772, abs=5 * math.pi / math.sqrt(6 * count))
     assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=5 * math.sqrt(4.4 / count))  # 4.4: kurtosis - 1
@@ -343,7 +344,7 @@ def test_golden_tree(world):
     }
     assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
     assert (usage.generated, usage.prefilled, usage.valued) == (3 * 64, 1 + 2 + 2, 1 + 2 + 2)
-    assert best_path(tree, config).completion() == best_answer(tree, config).completion() == [a, d]
+    assert most_visited_path(tree, config).completion() == best_answer(tree, config).completion() == [a, d]
     assert tree.statistics() == dict(
         visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
     )
@@ -414,7 +415,7 @@ def test_a_wave_is_one_call(world):
     for name, single in enumerate(singles, 100):
         single.search(config, [name])
     assert len(game.sampled) == max(len(single.sampled) for single in singles)
-    named = dict(stop_at_step=True, distinct=Distinct(0.25))
+    named = dict(stop_at_step=True, distinct=SamplingParams(0.25))
     assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, named))}
 
 
@@ -543,7 +544,7 @@ def test_root_without_a_step(world, budget):
     ((tree,), usage) = game.search(config)
     assert (tree.root.visits, tree.root.q, tree.root.ended, usage.generated) == (6, -1.0, True, 0)
     assert (len(game.sampled), game.graded) == (1, [(100,)])
-    assert best_path(tree, config) is best_answer(tree, config) is tree.root
+    assert most_visited_path(tree, config) is best_answer(tree, config) is tree.root
 
 
 def test_dead_end_below_the_root(world):

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import memory
+from runtime import memory
 from benchmarks.memory import bare, count_critic, count_sampling, count_update, frozen_weights
 from benchmarks.random_qwen import Shape
 from config import PRESETS
 from countdown import make_problems
-from learner import make_optimizer
-from loading import load_policy
-from memory import CONTEXT_GB, GB, KEPT, MAX_SEQUENCES, Costs, fit, plan, read_sizes
+from ppo import make_optimizer
+from runtime.loading import load_policy
+from runtime.memory import CONTEXT_GB, Costs, GB, KEPT, MAX_SEQUENCES, fit, plan, read_sizes
 
 QWEN = PRESETS["qwen1.5b"]
 FULL = dict(lora_rank=0, dtype="float32")

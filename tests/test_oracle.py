@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracle
+from experiments import oracle
 from countdown import Problem
-from loading import TINY, load_policy
+from config import TINY
+from runtime.loading import load_policy
 
 
 def test_states_end_where_steps_do_and_stop_at_the_first_broken_one():

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-import plots
-import tables
+from experiments import plots
+from experiments import tables
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import policy as module
-from loading import load_policy
-from policy import ValueHead, batches, chunked_logprobs, left_pad
-from sampling import TorchSampler
+from runtime.loading import load_policy
+from policy import ValueHead, chunked_logprobs, group_by_length, left_pad
+from runtime.torch_sampler import TorchSampler
 
 IDS = st.lists(st.integers(0, 284), min_size=1, max_size=12)
 PAIRS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=4)  # prompts and completions
@@ -190,14 +190,14 @@ def test_gradient_checkpointing_ends_with_the_forward_pass(twins, monkeypatch):
 def test_batches_hold_every_index_once_and_fit(lengths, tokens):
     """Prevents a state without a value, a trajectory trained twice, and a batch that does not fit into memory where the
     longest alone does."""
-    groups = batches(lengths, tokens)
+    groups = group_by_length(lengths, tokens)
     assert sorted(sum(groups, [])) == list(range(len(lengths))) and all(groups)
     assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= tokens for group in groups)
     in_order = [lengths[i] for group in groups for i in group]
     assert in_order == sorted(in_order, reverse=True)
     for one in groups[:-1]:  # as few as that allows
         assert lengths[one[0]] * (len(one) + 1) > tokens
-    for group in batches(lengths, tokens, padding=0.1):
+    for group in group_by_length(lengths, tokens, padding=0.1):
         area = len(group) * max(lengths[i] for i in group)
         assert area - sum(lengths[i] for i in group) <= 0.1 * area
 

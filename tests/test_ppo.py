@@ -17,19 +17,25 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import baselines
-import learner
+import ppo
+from runtime import session
 import parts
 import ppo
-import runs
-from config import PRESETS, Config, parse, preset_for
+from runtime import cli
+from runtime import guard
+from runtime import run_folder
+from config import Config, PRESETS, preset_for
+from runtime.cli import parse
 from countdown import Reward
-from evaluate import EvaluateConfig
-from loading import load_policy
-from mcts import SearchConfig
+from evaluate import Evaluation
+from runtime.loading import load_policy
+from config import SearchConfig
 from policy import Policy
-from ppo import collect_mcts, collect_samples, progress, summarize, train
-from runs import read_metrics
-from sampling import TorchSampler, Trajectory, Usage
+from ppo import collect_mcts, collect_samples, progress, train
+from runtime.report import summarize
+from runtime.run_folder import read_metrics
+from runtime.torch_sampler import TorchSampler
+from sampling import Trajectory, Usage
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
 
@@ -217,7 +223,7 @@ def test_right_answers_alone_move_the_policy(tiny_config, checkpoint, monkeypatc
 def test_rates_warm_up_by_steps_and_decay_by_the_budget(step, progress, schedule, share):
     """Prevents a run at its peak rate from first to last; each group has a peak of its own."""
     optimizer = SimpleNamespace(param_groups=[{"peak": 1.0}, {"peak": 0.01}])
-    ppo.set_rates(optimizer, {"step": step, "progress": progress}, Config(warmup=4, schedule=schedule))
+    ppo.set_rate(optimizer, {"step": step, "progress": progress}, Config(warmup=4, schedule=schedule))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share, 0.01 * share])
 
 
@@ -225,7 +231,7 @@ def test_evaluations_sample_as_the_run_asks(checkpoint, tiny_config, monkeypatch
     """Prevents scores at another temperature or length than config.json says."""
     seen = []
     monkeypatch.setattr(parts, "evaluate", lambda *args, **_: seen.append(args[3:]))
-    parts.prepare(tiny_config(eval_temperature=0.2, seed=3)).measure("validation", 5)
+    session.Session(tiny_config(eval_temperature=0.2, seed=3)).measure("validation", 5)
     assert seen == [(5, 0.2, 8, 3)]
 
 
@@ -233,8 +239,8 @@ def test_the_best_policy_is_kept_and_no_later_one(tiny_config, monkeypatch):
     """Prevents a best/ that holds the last policy."""
     scores, kept = iter([0.2, 0.1, 0.2, 0.3]), []
     rest = dict(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
-    monkeypatch.setattr(parts.Parts, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **rest))
-    found, state = parts.prepare(tiny_config()), {"best": -1.0}
+    monkeypatch.setattr(session.Session, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **rest))
+    found, state = session.Session(tiny_config()), {"best": -1.0}
     run = SimpleNamespace(publish=lambda name, save: kept.append((name, state["best"])))
     assert [found.validate(run, state)["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
     assert kept == [("best", 0.2), ("best", 0.3)]
@@ -327,10 +333,10 @@ def test_a_finished_run_is_left_as_it_is(toy, tiny_config, capsys):
     train(config, collect_samples)
     before = (config.folder / "metrics.jsonl").read_text()
     capsys.readouterr()
-    ppo.run(ppo.COLLECTORS, ["--resume", str(config.folder)], "mcts")
+    launch.launch(ppo.COLLECTORS, ["--resume", str(config.folder)], "mcts")
     assert capsys.readouterr().out == f"{config.folder} is finished: nothing is left to do\n"
     with pytest.raises(SystemExit):  # not a larger budget that is dropped in silence
-        ppo.run(ppo.COLLECTORS, ["--resume", str(config.folder), "--steps", "2", "--force"], "mcts")
+        launch.launch(ppo.COLLECTORS, ["--resume", str(config.folder), "--steps", "2", "--force"], "mcts")
     assert f"is finished: a new run can start from its policy, --model {config.folder}" in capsys.readouterr().err
     assert (config.folder / "metrics.jsonl").read_text() == before
 
@@ -384,7 +390,7 @@ def test_another_optimiser_starts_anew(interrupted, capsys, before, after):
     """Prevents one that takes another's state and fails in its first update."""
     config = interrupted(optimizer=before)
     force(config, f"--optimizer {after}")
-    assert runs.finished(config.folder) and "optimiser was of another kind" in capsys.readouterr().out
+    assert run_folder.finished(config.folder) and "optimiser was of another kind" in capsys.readouterr().out
 
 
 def test_settings_that_the_checkpoint_does_not_fit_are_not_kept(interrupted):
@@ -399,10 +405,10 @@ def test_settings_that_the_checkpoint_does_not_fit_are_not_kept(interrupted):
 def test_evaluations_and_checkpoints_are_evenly_spaced_along_the_budget():
     """Prevents one that is left out or made twice, and a run that goes on with a larger budget (--force) unmeasured."""
     shares = np.arange(101) / 100
-    due = [after for before, after in zip(shares, shares[1:]) if ppo.is_due(before, after, 10)]
+    due = [after for before, after in zip(shares, shares[1:]) if session.is_due(before, after, 10)]
     assert due == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    assert sum(ppo.is_due(i / 100, (i + 1) / 100, 100) for i in range(100)) == 100
-    assert ppo.is_due(0.3, 0.45, 10) and not ppo.is_due(0.3, 0.35, 10) and not ppo.is_due(0.0, 1.0, 0)
+    assert sum(session.is_due(i / 100, (i + 1) / 100, 100) for i in range(100)) == 100
+    assert session.is_due(0.3, 0.45, 10) and not session.is_due(0.3, 0.35, 10) and not session.is_due(0.0, 1.0, 0)
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, monkeypatch, capsys):
@@ -417,13 +423,13 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
 
     monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
     with pytest.raises(SystemExit) as stop:
-        runs.command(lambda: ppo.run({"none": poisoned}, [], "none"))
+        cli.command(lambda: launch.launch({"none": poisoned}, [], "none"))
     told = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 3 and re.fullmatch(
         r"error: \w+ is (nan|inf|-inf) in update 3, which was not made; .*", told
     )
     assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
-    assert runs.ending(read_metrics(config.folder)) == "stopped"  # or the study would run it again and again
+    assert run_folder.ending(read_metrics(config.folder)) == "stopped"  # or the study would run it again and again
     state = json.loads((config.folder / "checkpoint" / "state.json").read_text())
     assert state["step"] == 2 and all(w.isfinite().all() for w in weights(config.folder / "checkpoint")[0].values())
 
@@ -431,12 +437,12 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
 def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config):
     """Prevents the rest of a budget spent on a policy that is lost, and its last good checkpoint overwritten."""
     config = tiny_config(search="none", tokens=0, steps=9, checkpoints=9, max_kl=1e-9, patience=2, learning_rate=1e-3)
-    with pytest.raises(runs.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
+    with pytest.raises(guard.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
         train(config, collect_samples)  # of the first step the policy is its own reference
     assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
-    assert runs.ending(read_metrics(config.folder)) == "stopped" and not runs.finished(config.folder)
+    assert run_folder.ending(read_metrics(config.folder)) == "stopped" and not run_folder.finished(config.folder)
     assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
-    with pytest.raises(runs.Stopped, match="step 3"):
+    with pytest.raises(guard.Stopped, match="step 3"):
         train(config, collect_samples, resume=True)
     train(replace(config, max_kl=9.0), collect_samples, resume=True)
     assert [row["step"] for row in read_metrics(config.folder)] == [0, *range(1, 10), 9]
@@ -453,13 +459,13 @@ def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
     monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
     monkeypatch.setattr("sys.argv", ["/somewhere/ppo.py"])
     with pytest.raises(SystemExit) as stop:
-        runs.command(lambda: ppo.run({"none": interrupted}, [], "none"))
+        cli.command(lambda: launch.launch({"none": interrupted}, [], "none"))
     assert stop.value.code == 130
     assert capsys.readouterr().err.endswith(f"interrupted; to go on: python ppo.py --resume {config.folder}\n")
     monkeypatch.setattr(ppo, "parse", lambda *_: (replace(config, out=config.folder / "other"), False))
     monkeypatch.setattr(ppo, "prepare", interrupted)
     with pytest.raises(SystemExit):
-        runs.command(lambda: ppo.run({"none": interrupted}, [], "none"))
+        cli.command(lambda: launch.launch({"none": interrupted}, [], "none"))
     assert "to go on" not in capsys.readouterr().err
 
 
@@ -483,7 +489,7 @@ def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monke
             raise KeyboardInterrupt
         return collect_samples(*args)
 
-    learner_batch_loss = learner.batch_loss
+    learner_batch_loss = ppo.batch_loss
     monkeypatch.setattr(learner, "batch_loss", on_a_small_gpu)
     config = tiny_config(search="none", micro_batch_tokens=80, tokens=0, steps=4, checkpoints=2)
     with pytest.raises(KeyboardInterrupt):
@@ -515,7 +521,7 @@ def test_the_program_shows_its_configuration_and_runs_the_method(monkeypatch, ca
     """Prevents a method that runs under another's name."""
     seen = []
     monkeypatch.setattr(ppo, "train", lambda *args: seen.append(args))
-    ppo.run(ppo.COLLECTORS, ["--preset", "tiny", "--search", "none"], "mcts")
+    launch.launch(ppo.COLLECTORS, ["--preset", "tiny", "--search", "none"], "mcts")
     assert seen == [(preset_for("tiny", "none"), collect_samples, False)]
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert shown == [field.name for field in fields(Config)]
@@ -526,10 +532,10 @@ def test_what_a_run_proposes_next_is_understood_and_of_its_kind(name):
     """Prevents a last line that is refused, or evaluates with other settings than the run's; none is proposed for a
     policy that has seen the test problems."""
     config = replace(PRESETS[name], size=5)
-    proposed = ppo.report({}, parts.START, config).split("evaluate.py ")[1]
-    found = runs.read_config(EvaluateConfig, proposed.split())
+    proposed = report.ending({}, parts.START, config).split("evaluate.py ")[1]
+    found = cli.read_config(Evaluation, proposed.split())
     for key in ("size", "max_tokens", "temperature", "dtype", "quantize"):
         assert getattr(found, key) == getattr(config, key)
     assert (found.model, found.search, found.prior) == (str(config.folder), "mcts", config.tree.prior)
     assert found.distinct == config.tree.distinct
-    assert "evaluate.py" not in ppo.report({}, parts.START, replace(config, split="post"))
+    assert "evaluate.py" not in report.ending({}, parts.START, replace(config, split="post"))

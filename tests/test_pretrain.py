@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import pretrain as module
 from countdown import Problem, follow, play_distribution, split_of, verify
-from loading import load_policy
-from pretrain import PretrainConfig, build_tokenizer, encode_games, games, pretrain, write_game
+from runtime.loading import load_policy
+from experiments.pretrain import PretrainConfig, build_tokenizer, encode_games, games, pretrain, write_game
 
 WORDS = ["Numbers:", "Target:", "left", "<step>", "</step>", "<answer>", "</answer>", *"+-*/()="]
 CONFIGS = st.builds(

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import parts
+
 import policy as module
 import sampling
-from config import Config, parse
-from learner import make_optimizer, update
-from loading import keep_packing, load_policy
-from mcts import SearchConfig
+from config import Config
+from runtime.cli import parse
+from ppo import make_optimizer, update
+from runtime.loading import keep_packing, load_policy
+from config import SearchConfig
 from ppo import collect_mcts, train
-from runs import read_metrics
-from sampling import TorchSampler, complete
+from runtime.run_folder import read_metrics
+from runtime.torch_sampler import TorchSampler
+from sampling import complete
 
 TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 KINDS = {

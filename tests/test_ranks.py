@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import ppo
-import ranks
+from runtime import ranks
 from config import Config
-from engines import pick_sampler
+from runtime.samplers import pick_sampler
 from policy import read_tensors
-from runs import read_metrics
+from runtime.run_folder import read_metrics
 
 KIT = Path(ranks.__file__).parent
 

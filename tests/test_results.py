@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import runs
-import tables
-from config import parse
-from evaluate import EvaluateConfig
+from runtime import cli
+from runtime import run_folder
+from experiments import tables
+from runtime.cli import parse
+from evaluate import Evaluation
 
 ROOT = Path(__file__).parents[1]
 BLOCK = r"<!-- table: python plots\.py (table|summary|validation|scores) ([^>]+) -->\n(.*?)\n<!-- end -->"
@@ -24,7 +25,7 @@ RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*")
 def test_a_table_is_that_of_its_logs(what, pattern, table):
     """Prevents a number that was typed, or that outlived its run."""
     found = [folder for glob in pattern.split() for folder in sorted(ROOT.glob(glob))]
-    folders = found if what == "scores" else [folder for folder in found if runs.log_of(folder)]
+    folders = found if what == "scores" else [folder for folder in found if run_folder.log_of(folder)]
     assert folders and table == tables.TABLES[what](folders)
 
 
@@ -48,7 +49,7 @@ def test_a_run_says_how_it_was_made(folder):
     config, rows = tables.load(folder)
     made = config["provenance"]
     assert {"torch", "python", "machine", "commit"} <= set(made) and "seed" in config
-    assert ("test_mean_at_k" in rows[-1] or "stopped" in rows[-1]) and rows == runs.read_metrics(folder)
+    assert ("test_mean_at_k" in rows[-1] or "stopped" in rows[-1]) and rows == run_folder.read_metrics(folder)
 
 
 def test_results_stay_small():
@@ -71,6 +72,6 @@ def test_a_command_of_the_readme_is_understood(program, options, tmp_path, monke
     """Prevents a first command that is refused: an option renamed, a value that is no more."""
     monkeypatch.chdir(tmp_path)
     if program == "evaluate":
-        runs.read_config(EvaluateConfig, options.split())
+        cli.read_config(Evaluation, options.split())
     else:
         parse(options.replace("--method", "--search").split(), "mcts")

@@ -20,8 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runtime import cli
+from runtime import files
+from runtime import guard
+from runtime import provenance
+from runtime import run_folder
 import runs
-from runs import Run, read_config, read_metrics
+from runtime.cli import read_config
+from runtime.run_folder import Run, read_metrics
 
 
 @dataclass
@@ -118,7 +124,7 @@ def test_help_is_not_an_error(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [(ValueError("no model"), 2, "error: no model\n"), (OSError("no disk"), 2, "error: no disk\n")]
-    + [(runs.Stopped("collapsed"), 3, "error: collapsed\n"), (KeyboardInterrupt(), 130, "")],
+    + [(guard.Stopped("collapsed"), 3, "error: collapsed\n"), (KeyboardInterrupt(), 130, "")],
 )
 def test_expected_failures_end_a_program_without_traceback(error, code, line, capsys):
     """Prevents tracebacks for bad input and Ctrl-C, and a collapsed run that a script takes for a bad command."""
@@ -127,14 +133,14 @@ def test_expected_failures_end_a_program_without_traceback(error, code, line, ca
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        runs.command(main)
+        cli.command(main)
     assert (stop.value.code, capsys.readouterr().err) == (code, line)
 
 
 def test_bugs_keep_their_traceback():
     """Prevents a real bug from being hidden behind one polite line."""
     with pytest.raises(ZeroDivisionError):
-        runs.command(lambda: 1 / 0)
+        cli.command(lambda: 1 / 0)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -143,7 +149,7 @@ def test_bugs_keep_their_traceback():
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """Prevents a crash or a full disk from leaving half a file in place of a whole one."""
     path = tmp_path / "state.json"
-    runs.write(path, "old")
+    files.write(path, "old")
 
     def torn(self, content):
         with self.open("wb") as file:
@@ -152,7 +158,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="disk full"):
-        runs.write(path, "new text")
+        files.write(path, "new text")
     assert path.read_text() == "old"
 
 
@@ -161,7 +167,7 @@ def test_what_is_written_is_on_the_disk_before_it_counts(run, monkeypatch):
     events, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or fsync(handle))
     monkeypatch.setattr(Path, "replace", lambda *paths: events.append("replace") or replace(*paths))
-    runs.write(path := run.folder / "state.json", "text")
+    files.write(path := run.folder / "state.json", "text")
     assert events == [path.stat().st_ino, "replace", run.folder.stat().st_ino]
     events.clear()
     run.log({"step": 4})
@@ -173,14 +179,14 @@ def test_a_run_keeps_its_configuration_and_where_it_ran(run):
     saved = json.loads((run.folder / "config.json").read_text())
     found = saved.pop("provenance")
     assert saved == {"rate": 0.1, "out": "here", "inner": {"depth": 3}}
-    assert {"python", "machine", "commit", *runs.versions()} <= found.keys() and all(found.values())
+    assert {"python", "machine", "commit", *provenance.versions()} <= found.keys() and all(found.values())
     assert found["torch"][0].isdigit()
 
 
 def test_provenance_works_outside_a_repository(monkeypatch):
     """Prevents a downloaded copy without git from failing to start."""
     monkeypatch.setenv("PATH", "")
-    assert runs.provenance()["commit"] == "unknown"
+    assert provenance.provenance()["commit"] == "unknown"
 
 
 def test_a_new_run_refuses_a_folder_that_holds_one(run):
@@ -204,7 +210,7 @@ def test_a_run_that_begins_again_is_of_the_code_that_begins_it(run, monkeypatch)
     run.lock.release()
     monkeypatch.setattr(runs, "provenance", lambda: {"commit": "another"})
     Run(run.folder, Settings(), resume=True).lock.release()
-    assert runs.read_settings(run.folder)["provenance"] == {"commit": "another"}
+    assert run_folder.read_settings(run.folder)["provenance"] == {"commit": "another"}
 
 
 def test_two_processes_never_write_to_one_run(run):
@@ -254,10 +260,10 @@ def test_a_damaged_line_before_the_last_is_told(run, line):
 
 def test_metrics_are_kept_packed(run, tmp_path):
     """Prevents results that grow by a megabyte a run, rows lost on the way, and a traceback for a torn file."""
-    runs.pack(run.folder, kept := tmp_path / "kept")
-    assert read_metrics(kept) == read_metrics(run.folder) and runs.read_settings(kept) == runs.read_settings(run.folder)
+    run_folder.pack(run.folder, kept := tmp_path / "kept")
+    assert read_metrics(kept) == read_metrics(run.folder) and run_folder.read_settings(kept) == run_folder.read_settings(run.folder)
     file = kept / "metrics.jsonl.gz"
-    assert runs.log_of(kept) == file and runs.log_of(run.folder) == run.metrics and runs.log_of(tmp_path) is None
+    assert run_folder.log_of(kept) == file and run_folder.log_of(run.folder) == run.metrics and run_folder.log_of(tmp_path) is None
     whole = file.read_bytes()
     for torn in (whole[:-9], whole[:9], b"x" * 30, whole[:20] + b"\0" * 9 + whole[29:]):
         file.write_bytes(torn)
@@ -283,7 +289,7 @@ def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(SystemExit):
-        runs.command(lambda: Run(tmp_path / "run", Settings()))
+        cli.command(lambda: Run(tmp_path / "run", Settings()))
     assert capsys.readouterr().err == f"error: [Errno 30] Read-only file system: '{tmp_path / 'run'}'\n"
 
 
@@ -345,7 +351,7 @@ def test_a_kill_at_any_moment_of_a_checkpoint_loses_none(run, monkeypatch):
         with monkeypatch.context() as patch:
             for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
                 patch.setattr(owner, name, fatal(name, getattr(owner, name)))
-            patch.setattr(runs, "sync", fatal("sync", runs.sync))
+            patch.setattr(runs, "sync", fatal("sync", files.sync))
             try:
                 run.checkpoint(saver(str(survived)), {"step": survived})
             except Killed as moment:
@@ -370,12 +376,12 @@ def spoil(name, how):
         spoil("weights", lambda data: b""),
         spoil("weights", lambda data: bytes([data[0] ^ 1]) + data[1:]),
         spoil("state.json", lambda data: data.replace(b"2", b"3")),
-        spoil(runs.SUMS, lambda data: b""),
-        spoil(runs.SUMS, lambda data: data.splitlines(keepends=True)[0]),
-        spoil(runs.SUMS, lambda data: b"\xff" + data),
+        spoil(files.SUMS, lambda data: b""),
+        spoil(files.SUMS, lambda data: data.splitlines(keepends=True)[0]),
+        spoil(files.SUMS, lambda data: b"\xff" + data),
         lambda folder: (folder / "weights").unlink(),
         lambda folder: [path.unlink() for path in folder.iterdir()],
-        lambda folder: runs.seal(folder) or spoil(runs.SUMS, lambda data: data.replace(b"# 2", b"# 3"))(folder),
+        lambda folder: files.seal(folder) or spoil(files.SUMS, lambda data: data.replace(b"# 2", b"# 3"))(folder),
     ],
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(run, damage, capsys):
@@ -411,13 +417,13 @@ def test_a_foreign_file_is_no_damage(run, earlier):
     """Prevents a file manager's file from costing a run its newest checkpoint; an earlier version's list does not tell
     it from a listed one."""
     run.checkpoint(saver("first"), {"step": 1})
-    sums = run.folder / "checkpoint" / runs.SUMS
+    sums = run.folder / "checkpoint" / files.SUMS
     if earlier:
         sums.write_text(sums.read_text().rpartition("#")[0])
-        assert runs.is_whole(run.folder / "checkpoint")
+        assert files.is_whole(run.folder / "checkpoint")
     (run.folder / "checkpoint" / ".DS_Store").write_text("foreign")
-    assert runs.is_whole(run.folder / "checkpoint") != earlier
-    check = ["sha256sum", "--check", "--strict", runs.SUMS]
+    assert files.is_whole(run.folder / "checkpoint") != earlier
+    check = ["sha256sum", "--check", "--strict", files.SUMS]
     assert not subprocess.run(check, cwd=run.folder / "checkpoint", capture_output=True).returncode
 
 
@@ -472,13 +478,13 @@ def test_a_full_disk_while_saving_is_one_line_and_keeps_the_last_checkpoint(run,
 @pytest.mark.parametrize("error", [OSError(), RuntimeError(), RuntimeError("\n")])
 def test_an_error_without_a_text_is_one_line(tmp_path, error):
     """Prevents an IndexError in the place of what went wrong."""
-    with pytest.raises(OSError, match=r"there can't be written \(\S*\); the last"), runs.writing(tmp_path / "there"):
+    with pytest.raises(OSError, match=r"there can't be written \(\S*\); the last"), files.writing(tmp_path / "there"):
         raise error
 
 
 def test_a_gpu_out_of_memory_is_no_full_disk(tmp_path):
     """Prevents advice about the disk where --rows should be lowered."""
-    with pytest.raises(torch.OutOfMemoryError), runs.writing(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), files.writing(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -486,6 +492,6 @@ def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):
     """Prevents a run killed after the test before training from counting as done."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps({"step": 0, "test_mean_at_k": 0.1}) + "\n")
-    assert not runs.finished(tmp_path) and not runs.finished(tmp_path / "nowhere")
+    assert not run_folder.finished(tmp_path) and not run_folder.finished(tmp_path / "nowhere")
     metrics.write_text(metrics.read_text() + json.dumps({"step": 3, "test_mean_at_k": 0.1}) + "\n")
-    assert runs.finished(tmp_path)
+    assert run_folder.finished(tmp_path)

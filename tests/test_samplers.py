@@ -13,17 +13,20 @@ import torch
 from test_sampling import assert_distribution
 from torch.testing import assert_close
 
-import engines
+
 import ppo
 from config import Config
 from countdown import Problem
-from engines import VLLMSampler, make_sampler, pick_sampler
-from learner import make_optimizer, right_align, update
-from loading import TINY, load_policy
-from mcts import SearchConfig
+from runtime.samplers import make_sampler, pick_sampler
+from runtime.vllm_sampler import VLLMSampler
+from ppo import make_optimizer, right_align, update
+from config import TINY
+from runtime.loading import load_policy
+from config import SearchConfig
 from policy import Policy
-from runs import read_metrics
-from sampling import STEP_END, Sampler, TorchSampler, complete
+from runtime.run_folder import read_metrics
+from runtime.torch_sampler import TorchSampler
+from sampling import STEP_END, Sampler, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
 GB = 2**30

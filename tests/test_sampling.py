@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from loading import load_policy
-from sampling import Beams, Distinct, TorchSampler, Usage, complete, inverse_cdf, share, stream
+from runtime.loading import load_policy
+from runtime.torch_sampler import Beams, TorchSampler, inverse_cdf, share
+from sampling import SamplingParams, Usage, complete, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -134,7 +135,7 @@ def test_distinct_samples_are_drawn_without_replacement(few):
     names, p = list(odds), np.array(list(odds.values()))
     assert len(names) == 15 and p.sum() == pytest.approx(1)
     second = np.array([(p * p[b] / (1 - p)).sum() - p[b] ** 2 / (1 - p[b]) for b in range(len(p))])
-    rows, _ = draw(policy, [[5, 9, 40]] * 4_000, 3, range(4_000), 3, distinct=Distinct())
+    rows, _ = draw(policy, [[5, 9, 40]] * 4_000, 3, range(4_000), 3, distinct=SamplingParams())
     drawn = [[names.index(tuple(s.tokens)) for s in row] for row in rows]
     assert all(len(set(row)) == 3 for row in drawn)
     for place, expected in enumerate((p, second)):
@@ -149,12 +150,12 @@ def test_there_are_fewer_distinct_samples_where_there_are_not_more(few):
     """Prevents the same step twice, or an empty one, where a policy has no more to say, and less likely ones than
     `min_p` lets through."""
     policy, enumerate_all = few
-    rows, usage = draw(policy, [[5, 9, 40], [7]], 20, [0, 1], 3, distinct=Distinct())
+    rows, usage = draw(policy, [[5, 9, 40], [7]], 20, [0, 1], 3, distinct=SamplingParams())
     assert [{tuple(s.tokens) for s in row} for row in rows] == [set(enumerate_all(p)) for p in ([5, 9, 40], [7])]
     assert [len(row) for row in rows] == [15, 15]
     drawn = {(i, *s.tokens[: t + 1]) for i, row in enumerate(rows) for s in row for t in range(len(s.tokens))}
     assert usage.generated == len(drawn)  # what they have in common once
-    for row in draw(policy, [[5, 9, 40]] * 100, 20, range(100), 3, distinct=Distinct(min_p=0.3))[0]:
+    for row in draw(policy, [[5, 9, 40]] * 100, 20, range(100), 3, distinct=SamplingParams(min_p=0.3))[0]:
         likely = [sum(s.logprobs) for s in row]
         assert min(likely) >= max(likely) + math.log(0.3)
         assert 0 < len({tuple(s.tokens) for s in row}) == len(row) < 15
@@ -185,7 +186,7 @@ def assert_same_draws(one, other):
 @settings(max_examples=10)
 @given(
     st.permutations(range(5)), st.integers(1, 5), st.sampled_from([1, 4, 6, 1024]),
-    st.sampled_from([None, Distinct(), Distinct(0.01)]),
+    st.sampled_from([None, SamplingParams(), SamplingParams(0.01)]),
 )  # fmt: skip
 def test_draws_of_a_prefix_depend_on_its_seed_alone(stopping, order, kept, batch, distinct):
     """Prevents results that change with the number of workers, the order of problems or the memory of a machine."""
@@ -239,7 +240,7 @@ def search_twice(policy, sampler, n=6, seed=1, distinct=None):
     return found
 
 
-@pytest.mark.parametrize("distinct", [None, Distinct(), Distinct(min_p=0.01)], ids=["independent", "distinct", "min-p"])
+@pytest.mark.parametrize("distinct", [None, SamplingParams(), SamplingParams(min_p=0.01)], ids=["independent", "distinct", "min-p"])
 def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping, distinct):
     """Prevents prefixes run again for every wave, and states inherited from another sequence, position or column."""
     kept, bare = TorchSampler(stopping), TorchSampler(stopping, kept=0)

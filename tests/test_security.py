@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import ppo
-import runs
-from loading import load_policy
+from runtime import cli
+from runtime import files
+from runtime.loading import load_policy
 from policy import VALUE_HEAD
-from pretrain import PretrainConfig, pretrain
+from experiments.pretrain import PretrainConfig, pretrain
 
 HERE = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ def refused(main, sprung, capsys):
     """The one line that a program ends with; the trap has not sprung."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        runs.command(main)
+        cli.command(main)
     (told,) = re.findall("^error: .*", capsys.readouterr().err, re.M | re.S)
     assert stop.value.code == 2 and told.count("\n") == 1 and not sprung.exists()
     return told
@@ -66,7 +67,7 @@ def test_a_hostile_checkpoint_is_refused(trap, tiny_config, capsys, rank, name):
     ppo.train(config, ppo.collect_samples)
     file = config.folder / "checkpoint" / name
     file.write_bytes(trap[0])
-    (config.folder / "checkpoint" / runs.SUMS).unlink()  # as in an earlier version's; others would be found damaged
+    (config.folder / "checkpoint" / files.SUMS).unlink()  # as in an earlier version's; others would be found damaged
     told = refused(lambda: ppo.train(config, ppo.collect_samples, resume=True), trap[1], capsys)
     assert told.startswith(f"error: {file} can't be read as plain tensors")
 

@@ -9,9 +9,11 @@ import pytest
 from benchmarks import speed
 from config import Config
 from countdown import make_problems
-from loading import TINY, load_policy
-from mcts import SearchConfig, search
-from sampling import TorchSampler
+from config import TINY
+from runtime.loading import load_policy
+from config import SearchConfig
+from mcts import search
+from runtime.torch_sampler import TorchSampler
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
-import runs
-import study
-import tables
-from config import Config, parse
-from evaluate import EvaluateConfig
-from study import StudyConfig
+from runtime import cli
+from runtime import files
+from runtime import run_folder
+from experiments import study
+from experiments import tables
+from config import Config
+from runtime.cli import parse
+from evaluate import Evaluation
+from experiments.study import StudyConfig
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_stages_leave_out_what_they_say(tmp_path):
     """Prevents hours of runs that nobody asked for, tests at 0.2 of runs that have no policy, and of one that was
     taught the test's own problems."""
     config = StudyConfig("cold", methods=("mcts",), out=tmp_path)
-    runs.write(tmp_path / "compare" / "mcts-seed2" / "metrics.jsonl", '{"step": 9, "stopped": "collapsed"}\n')
+    files.write(tmp_path / "compare" / "mcts-seed2" / "metrics.jsonl", '{"step": 9, "stopped": "collapsed"}\n')
     names = dict(study.cold(config)).keys()
     assert "mcts-seed1" in names and not {"mcts-seed2", "cispo-seed1", "leaking-split-seed1"} & names
     assert len(dict(study.ablate(config))) == 3 * len(study.ABLATIONS)
@@ -165,7 +168,7 @@ def test_committed_runs_are_what_the_study_asks_for():
     for stage, jobs in study.STAGES.items():
         for name, command in jobs(StudyConfig(stage)):
             study.check_settings(Path(study.__file__).parent / "results" / stage / name, command.split())
-            found += runs.finished(Path(study.__file__).parent / "results" / stage / name)
+            found += run_folder.finished(Path(study.__file__).parent / "results" / stage / name)
     assert found >= 206
     for stage in ("tune", "compare", "samples"):
         kept = {folder.name for folder in (Path(study.__file__).parent / "results" / stage).iterdir()}
@@ -188,7 +191,7 @@ def test_every_command_is_a_configuration(stage, monkeypatch, tmp_path):
     for _, command in jobs:
         program, *options = [*command.split(), "--preset", "tiny"]
         monkeypatch.setattr("sys.argv", [program, *options])
-        ppo.run(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
+        launch.launch(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
     assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
     assert len({str(config) for config in found}) == len(jobs)
     assert {config.tokens for config in found} == {400_000 if stage == "chat" else 1_000_000}
@@ -200,7 +203,7 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
     calls = []
 
     def evaluate(command, **_):
-        config = runs.read_config(EvaluateConfig, command[2:])
+        config = cli.read_config(Evaluation, command[2:])
         calls.append(config)
         if config.distinct:
             return SimpleNamespace(returncode=2, stderr="error: no luck\n")

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.random_qwen import THIN, Shape, make_checkpoint
-from config import parse
-from loading import load_policy
-from sampling import TorchSampler, complete
+from runtime.cli import parse
+from runtime.loading import load_policy
+from runtime.torch_sampler import TorchSampler
+from sampling import complete
 from scripts import warm_up as module
 from scripts.warm_up import WarmUpConfig, warm_up
 
