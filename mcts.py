@@ -3,7 +3,7 @@
 A node is a token sequence (prompt + steps). An edge is one sampled step. A terminal node is an ended answer. All trees
 move together, in waves:
 
-    select     each tree walks down to up to `workers` leaves, kept apart by virtual loss
+    select     each tree picks up to `workers` leaves; virtual loss keeps them apart
     expand     one sampler call draws K steps for every leaf of every tree
     evaluate   one critic call gives V(s) in [-1, 1] of those leaves; a terminal node gets the verifier's reward instead
     backup     visits and values are added on the way back to the root
@@ -32,7 +32,7 @@ from countdown import Problem, Reward
 from sampling import Grade, Sample, Sampler, SamplingParams, Usage
 from selection import Children, gumbel_inner, gumbel_root, puct, uct
 
-MAX_DEPTH = 16  # steps; a node so deep is terminal
+MAX_DEPTH = 16  # steps; a node at this depth is terminal
 Critic = Callable[[list[list[int]]], tuple[list[float], Usage]]  # states -> V(s) in [-1, 1], and their cost
 
 
@@ -106,7 +106,9 @@ class Tree:
         left = min(config.workers, config.simulations - self.root.visits)
         if config.token_budget and self.expansions:
             tokens_left = config.token_budget - self.generated
-            left = min(left, int(tokens_left * self.expansions / max(self.generated, 1)))  # at the cost so far
+            left = min(
+                left, int(tokens_left * self.expansions / max(self.generated, 1))
+            )  # at the mean cost of an expansion so far
         return max(left, 0)
 
     def statistics(self) -> dict[str, float]:
@@ -138,8 +140,8 @@ Leaves = list[tuple[Tree, Node]]  # the leaves that a wave has selected, each wi
 def search(
     trees: list[Tree], sampler: Sampler, grade: Grade, config: SearchConfig, critic: Critic | None = None
 ) -> Usage:
-    """Search until every tree has had `config.simulations` visits, has spent its tokens or, if that is asked, has found
-    a right answer. `critic` is the sampler's if not given. The trees do not depend on each other."""
+    """Run waves until each tree is done: it has `simulations` visits, has spent its `token_budget`, or (`until_right`)
+    has a right answer. The trees do not depend on each other. `critic`: the sampler's if not given."""
     usage = Usage()
     while running := [tree for tree in trees if tree.simulations_left(config)]:
         usage += wave(running, sampler, grade, config, critic or sampler.values)
@@ -147,7 +149,7 @@ def search(
 
 
 def wave(trees: list[Tree], sampler: Sampler, grade: Grade, config: SearchConfig, critic: Critic) -> Usage:
-    """One wave over all trees. Virtual visits end with it, also when it is interrupted."""
+    """One wave over all trees. Pending visits are removed at its end, also after Ctrl-C."""
     leaves: Leaves = []
     try:
         for tree in trees:
@@ -230,7 +232,7 @@ def expand(leaves: Leaves, sampler: Sampler, config: SearchConfig) -> Usage:
 
 
 def add_children(tree: Tree, node: Node, samples: list[Sample], config: SearchConfig) -> None:
-    """Make the sampled steps children of `node`, identical ones merged. A node that gets no child ends here."""
+    """Make the sampled steps children of `node`, identical ones merged. A node without a step becomes terminal."""
     children: dict[tuple[int, ...], Node] = {}  # by their tokens
     tokens_left = config.max_tokens - node.length
     for sample in samples:
@@ -259,8 +261,8 @@ def priors(children: list[Node], kind: str) -> np.ndarray:
     """P(a | s) over the children: softmax of the `mean` or `sum` of a step's log-probabilities, sample `count`, or
     `uniform`. [K]
 
-    Independent children are drawn from the policy already. Their counts estimate it without bias (Sampled MuZero,
-    Hubert et al. 2021); log-probabilities favour likely steps once more. Of distinct children `sum` is the policy.
+    Independent draws follow the policy already: `count` estimates it without bias (Sampled MuZero, Hubert et al. 2021),
+    `mean` and `sum` favour likely steps twice. Distinct steps are drawn once each: there `sum` is the policy itself.
     """
     if kind == "uniform":
         scores = np.zeros(len(children))
@@ -276,7 +278,7 @@ def priors(children: list[Node], kind: str) -> np.ndarray:
 
 
 def evaluate(leaves: Leaves, critic: Critic, grade: Grade) -> Usage:
-    """Give each leaf its value: an answer the verifier's reward, once; the others the critic's, all in one call."""
+    """Set the value of each leaf. The verifier grades an answer once. The others get V(s) from one critic call."""
     open_leaves, usage = [(tree, leaf) for tree, leaf in leaves if not leaf.ended], Usage()
     if open_leaves:
         values, usage = critic([tree.state(leaf) for tree, leaf in open_leaves])

@@ -225,7 +225,9 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"{folder}: weights do not fit the model: go on with its own settings ({reason})") from None
+            raise ValueError(
+                f"{folder}: weights do not fit the model: go on with its own settings ({reason})"
+            ) from None
 
 
 def read_tensors(file: Path) -> dict:

@@ -1,8 +1,8 @@
 """Tree search distillation: search, teach the policy what the search has found, repeat.
 
-    python ppo.py --search mcts                    # distil tree search
-    python ppo.py --search none                    # single samples without a search, for comparison
-    python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
+python ppo.py --search mcts                    # distil tree search
+python ppo.py --search none                    # single samples without a search, for comparison
+python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
 """
 
 import sys
@@ -32,15 +32,31 @@ from runtime.cli import command
 from runtime.guard import Stopped
 from runtime.launch import Trainer, launch
 from runtime.micro_batches import MicroBatches, merge
+from runtime.scores import Score
 from runtime.session import Session
-from sampling import Grade, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
+from sampling import Collect, Collected, Grade, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
 
 IMPORTANCE_CAP = 2.0  # of pi_trainer / pi_sampler, with old_logprobs "truncated"
 MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a step warns, nats a token
 
-# ------------------------------------------------------------------------------------------------ collect
+# ------------------------------------------------------------------------------------------------ train
 
-Collected = tuple[list[Trajectory], Usage, dict[str, float]]  # what to learn from, what it cost, metrics
+
+def train(config: Config, collect: Collect, resume: bool = False) -> dict[str, Score]:
+    """Run a method to the end of its budget; returns the test scores before and after."""
+    learning = config.learning
+    with Session(config, make_optimizer, score_policy, resume) as session:
+        while not session.finished:
+            problems, rng = session.draw()
+            trajectories, usage, metrics = collect(session.policy, session.sampler, problems, config, rng)
+            session.hand_over(trajectories)
+            set_rate(session.optimizer, learning, session.progress)
+            losses = update(session.policy, session.optimizer, trajectories, learning, session.micro)
+            session.record(trajectories, usage, metrics | losses)
+        return session.finish()
+
+
+# ------------------------------------------------------------------------------------------------ collect
 
 
 def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
@@ -317,29 +333,12 @@ def gradients(policy, optimizer, batches: list[LessonBatch], learning, micro: Mi
     """Leave the gradient of the step's loss in the weights. Returns the metrics of `batch_loss`, added up."""
     optimizer.zero_grad(set_to_none=True)
     metrics: dict[str, float] = {}
-    for batch in (piece for batch in batches for piece in batch.cut(micro.tokens)):
-        loss, parts = batch_loss(policy, batch, learning)
+    for piece in (piece for batch in batches for piece in batch.cut(micro.tokens)):
+        loss, parts = batch_loss(policy, piece, learning)
         loss.backward()
         metrics = merge(metrics, {name: part.item() for name, part in parts.items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return micro.add_up(parameters, metrics) | {"micro_tokens": micro.tokens}
-
-
-# ------------------------------------------------------------------------------------------------ train
-
-
-def train(config: Config, collect, resume: bool = False) -> dict:
-    """Run a method to the end of its budget; returns the test scores before and after."""
-    learning = config.learning
-    with Session(config, make_optimizer, score_policy, resume) as session:
-        while not session.finished:
-            problems, rng = session.draw()
-            trajectories, usage, metrics = collect(session.policy, session.sampler, problems, config, rng)
-            session.hand_over(trajectories)
-            set_rate(session.optimizer, learning, session.progress)
-            losses = update(session.policy, session.optimizer, trajectories, learning, session.micro)
-            session.record(trajectories, usage, metrics | losses)
-        return session.finish()
 
 
 COLLECTORS = {"mcts": collect_mcts, "none": collect_samples}

@@ -38,7 +38,7 @@ class Sample:
     """One continuation. `logprobs[i]` belongs to `tokens[i]`; the tokens that end it are included."""
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # log pi(token), also where draws are distinct
+    logprobs: list[float] = field(default_factory=list)  # log pi(token) of the policy, also where draws are distinct
     ended: str = "length"  # of ENDS: out of tokens, </step> was written, the model ended its turn
 
 
@@ -46,7 +46,7 @@ class Sample:
 class Usage:
     """What sampling and the critic cost."""
 
-    generated: int = 0  # tokens drawn; what distinct continuations of a prefix have in common is drawn once
+    generated: int = 0  # tokens drawn; a beginning that distinct continuations share counts once
     prefilled: int = 0  # prefix tokens that the sampler ran through the model; those in its cache do not count
     seconds: float = 0.0  # of the sampler
     valued: int = 0  # tokens that the critic read
@@ -66,7 +66,9 @@ class Trajectory:
     logprobs: list[float]  # log pi of the policy that sampled it
     reward: Reward
     advantages: list[float] | None = None  # None: the critic's R - V(s_t)
-    returns: list[float] | None = None  # the critic's targets; None: R, or none if `advantages` are given
+    returns: list[float] | None = (
+        None  # the critic's targets; None: R; with `advantages` given the critic then learns nothing
+    )
     critic_only: bool = False  # teaches the critic, not the policy
 
     @property
@@ -101,7 +103,7 @@ class Progress:
 
 
 class Sampler(Protocol):
-    """Draws continuations with the newest weights of its policy, whatever happened since the last call."""
+    """Draws continuations with the current weights of its policy."""
 
     def sample(
         self, prefixes: list[list[int]], seeds: list[int], params: SamplingParams
@@ -117,6 +119,8 @@ class Sampler(Protocol):
 
 
 Grade = Callable[[Problem, list[int]], Reward]  # of a completion's token ids
+Collected = tuple[list[Trajectory], Usage, dict[str, float]]  # what to learn from, its cost, metrics
+Collect = Callable[..., Collected]  # (policy, sampler, problems, config, rng), once a training step
 
 
 def stream(*keys: int) -> int:
@@ -127,7 +131,7 @@ def stream(*keys: int) -> int:
 def complete(
     policy, sampler: Sampler, problems: list[Problem], seeds: list[int], params: SamplingParams, grade: Grade
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """`params.n` graded answers of each problem, of the random stream seeds[i]. `policy` writes the prompts."""
+    """`params.n` graded answers of each problem. Problem i draws from the random stream seeds[i]."""
     prompts = [policy.encode(problem) for problem in problems]
     rows, usage = sampler.sample(prompts, seeds, params)
     graded = [

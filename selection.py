@@ -56,8 +56,8 @@ def completed_q(children: Children, value: float) -> np.ndarray:
 
 @cache
 def considered_visits(actions: int, simulations: int) -> list[int]:
-    """Sequential halving: the number of visits that the child chosen at each simulation must have (Danihelka et al.
-    2022; mctx `get_sequence_of_considered_visits`). [simulations]"""
+    """Sequential halving: item i is the number of visits that a child must have to be chosen at simulation i (Danihelka
+    et al. 2022; mctx `get_sequence_of_considered_visits`). [simulations]"""
     if actions <= 1:
         return list(range(simulations))
     rounds, sequence = math.ceil(math.log2(actions)), []
@@ -73,17 +73,18 @@ def considered_visits(actions: int, simulations: int) -> list[int]:
 def gumbel_scores(children: Children, value: float) -> np.ndarray:
     """g(a) + log P(a) + sigma(completed Q) of the root's children. [K]
 
-    The noise g is drawn after the children, where Gumbel MuZero keeps the noise that drew them. So likely children are
-    favoured twice, unless they are drawn independently and the prior is `count`.
+    Gumbel MuZero draws and scores the children with the same noise. Here g is new, so likely children are favoured
+    twice, except with independent draws and prior `count`.
     """
     return children.gumbel + np.log(np.maximum(children.prior, 1e-9)) + completed_q(children, value)
 
 
 def gumbel_root(children: Children, value: float, simulations: int) -> np.ndarray:
-    """Sequential halving: `gumbel_scores` of the children whose number of visits is due, -inf for the others. [K]"""
+    """Sequential halving: `gumbel_scores` of the children with the number of visits that its plan asks for next, -inf
+    for the others. [K]"""
     sequence = considered_visits(len(children.visits), max(simulations - 1, 1))
-    due = sequence[min(int(children.visits.sum()), len(sequence) - 1)]
-    return np.where(children.visits == due, gumbel_scores(children, value), -np.inf)
+    wanted = sequence[min(int(children.visits.sum()), len(sequence) - 1)]
+    return np.where(children.visits == wanted, gumbel_scores(children, value), -np.inf)
 
 
 def gumbel_inner(children: Children, value: float) -> np.ndarray:

@@ -1,19 +1,20 @@
-"""What a cluster costs and where it ends: Ray's overhead, a simulation of 1 to 64 generators, the weights on the wire.
+"""The cost of a cluster: Ray's overhead, a simulation of 1 to 64 generators, the bytes of new weights.
 
-    python -m benchmarks.cluster    # needs requirements-ray.txt, an idle machine and one thread a process; minutes
+    python -m benchmarks.cluster    # needs Ray, an idle machine and one thread a process; minutes
 
-Overhead: steps of preset tiny collected in this process, and the same steps by one generator through Ray, in turn; what
-comes back must be the same. Simulation: cluster.py's rules (shards in work, newest weights before each, age, first
-come first served) with service times recorded in this run: a shard of 64 / g problems for g generators, an update, the
-publishing of weights. It assumes that generators don't slow each other down, as on a machine each. Weights: bytes
-counted from the shapes of Qwen2.5-1.5B and 7B; rates of `put` and copy measured here, those of networks nominal.
+Overhead: steps of preset tiny are collected in this process and by one generator through Ray, in turn; both must give
+the same trajectories. Simulation: the rules of runtime/cluster.py (shards in work, newest weights before each, age,
+first come first served) with service times recorded in this run: a shard of 64 / g problems for g generators, an
+update, the publishing of weights. It assumes that generators don't slow each other down, as on a machine each. Weights:
+bytes are counted from the shapes of Qwen2.5-1.5B and 7B; rates of `put` and copy are measured here, those of networks
+are nominal.
 """
 
 import heapq
 import json
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -22,19 +23,15 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
-from config import check
-from runtime.files import check_writable
-from runtime.cluster import collect_shard, collecting, cut
-from config import Config
-from ppo import make_optimizer, update
-from runtime.loading import load_policy
+from config import Config, check
 from countdown import draw
-from runtime.session import splits
 from policy import ValueHead
-from ppo import collect_mcts
+from ppo import collect_mcts, make_optimizer, update
+from runtime import cli, files, provenance
+from runtime.cluster import collect_shard, collecting, split_step
+from runtime.files import check_writable
+from runtime.loading import load_policy
+from runtime.session import splits
 from runtime.torch_sampler import TorchSampler
 
 GENERATORS = (1, 2, 4, 8, 16, 32, 64)
@@ -72,62 +69,69 @@ class Bench:
 # ------------------------------------------------------------------------------------------------ measured
 
 
+def draw_step(config: Config, data, step: int):
+    """A step's problems and random stream."""
+    return draw(data, config.learning.problems, config.seed, step)
+
+
 def overhead(bench: Bench, config: Config, policy, sampler, data, collect) -> list[tuple[float, float]]:
     """Seconds a step in this process and through one generator, a pair a round; the first round is a warm-up."""
-    pairs, collectors = [], {"here": collect_mcts, "there": collect}
+    pairs, collectors = [], {"process": collect_mcts, "generator": collect}
     for number in range(bench.rounds + 1):
-        seconds, found = {}, {}
-        for name in ("here", "there") if number % 2 else ("there", "here"):
+        seconds, completions = {}, {}
+        for name in ("process", "generator") if number % 2 else ("generator", "process"):
             began = time.perf_counter()
             for step in range(number * bench.steps, (number + 1) * bench.steps):
                 policy.version = step
-                problems, rng = draw(data, config, step)
-                found[name] = collectors[name](policy, sampler, problems, config, rng)
+                problems, rng = draw_step(config, data, step)
+                trajectories, _, _ = collectors[name](policy, sampler, problems, config, rng)
                 sampler.rest()
             seconds[name] = (time.perf_counter() - began) / bench.steps
-        if [t.completion for t in found["here"][0]] != [t.completion for t in found["there"][0]]:
-            raise ValueError("one generator has found something else than one process")
-        pairs.append((seconds["here"], seconds["there"]))
+            completions[name] = [t.completion for t in trajectories]
+        if completions["process"] != completions["generator"]:
+            raise ValueError("one generator has collected other trajectories than one process")
+        pairs.append((seconds["process"], seconds["generator"]))
     return pairs[1:]
 
 
 def service_times(bench: Bench, config: Config, policy, sampler, data) -> dict[int, list[float]]:
-    """Seconds of shards when a step is cut for so many generators."""
-    found = {}
+    """Seconds of shards when a step is split for so many generators."""
+    service = {}
     for generators in GENERATORS:
         times = []
         for step in range(bench.recorded):
-            problems, rng = draw(data, config, 1_000 + step)
-            size = config.problems // generators
-            [shard] = cut(problems[:size], rng, config, step)
+            problems, rng = draw_step(config, data, 1_000 + step)
+            size = config.learning.problems // generators
+            [shard] = split_step(problems[:size], rng, config, step)
             began = time.perf_counter()
             collect_shard(collect_mcts, policy, sampler, shard, config)
             times.append(time.perf_counter() - began)
-        found[generators] = times
-    return found
+        service[generators] = times
+    return service
 
 
 def update_times(bench: Bench, config: Config, policy, sampler, data) -> list[float]:
-    optimizer = make_optimizer(policy, config)  # at rate 0
-    problems, rng = draw(data, config, 0)
+    """Seconds of updates; the first one is a warm-up."""
+    optimizer = make_optimizer(policy, config)
+    problems, rng = draw_step(config, data, 0)
     trajectories, _, _ = collect_mcts(policy, sampler, problems, config, rng)
     times = []
     for _ in range(bench.recorded + 1):
         began = time.perf_counter()
-        update(policy, optimizer, trajectories, config)
+        update(policy, optimizer, trajectories, config.learning)
         times.append(time.perf_counter() - began)
     return times[1:]
 
 
 def overlapped(bench: Bench, config: Config, policy) -> float:
-    """Seconds a step of one generator and this trainer at once, with staleness 1: what the simulation is held against.
-    The first two steps are warm-up."""
+    """Seconds a step when one generator and this trainer work at once, with staleness 1, for comparison with the
+    simulation. The first two steps are warm-up."""
     optimizer, seconds, policy.version = make_optimizer(policy, config), [], 0
     with collecting(config, collect_mcts) as collect:
         for _ in range(bench.recorded + 2):
             began = time.perf_counter()
             trajectories, _, _ = collect(policy, None, [], config, None)
-            update(policy, optimizer, trajectories, config)
+            update(policy, optimizer, trajectories, config.learning)
             seconds.append(time.perf_counter() - began)
     return mean(seconds[2:])
 
@@ -168,9 +172,10 @@ class Simulation:
 
 
 def simulate(generators: int, staleness: int, service: list[float], updates: list[float], steps: int) -> Simulation:
-    """cluster.py with times instead of work: as many shards a step as generators; an update ends with publishing."""
+    """The rules of runtime/cluster.py with times instead of work: as many shards a step as generators; an update ends
+    with publishing."""
     rng, now, waited = random.Random(0), 0.0, 0.0
-    todo: list[tuple[int, int]] = []  # shards, the oldest first
+    waiting: list[tuple[int, int]] = []  # shards, the oldest first
     running: list[tuple[float, tuple[int, int], int]] = []  # until when, shard, version
     done: list[tuple[tuple[int, int], int]] = []
     idle, ages, dropped = generators, [], 0
@@ -180,9 +185,9 @@ def simulate(generators: int, staleness: int, service: list[float], updates: lis
         nonlocal idle
         clock = now
         while True:
-            while idle and todo:
+            while idle and waiting:
                 idle -= 1
-                heapq.heappush(running, (clock + rng.choice(service), heapq.heappop(todo), version))
+                heapq.heappush(running, (clock + rng.choice(service), heapq.heappop(waiting), version))
             if not running or running[0][0] > until:
                 return clock
             clock, shard, born = heapq.heappop(running)
@@ -194,7 +199,7 @@ def simulate(generators: int, staleness: int, service: list[float], updates: lis
     for step in range(steps):
         for ahead in [step + staleness] if step else range(staleness + 1):
             for number in range(generators):
-                heapq.heappush(todo, (ahead, number))
+                heapq.heappush(waiting, (ahead, number))
         work(now, step)
         taken, began = 0, now
         while taken < generators:
@@ -202,7 +207,7 @@ def simulate(generators: int, staleness: int, service: list[float], updates: lis
                 now = work(float("inf"), step)
             shard, born = done.pop(0)
             if step - born > staleness:
-                heapq.heappush(todo, shard)
+                heapq.heappush(waiting, shard)
                 dropped += 1
             else:
                 ages.append(step - born)
@@ -245,16 +250,21 @@ def show_weights(bench: Bench, rates: dict[str, float]) -> None:
 def main() -> None:
     bench = cli.read_config(Bench)
     torch.set_num_threads(1)
-    config = Config(device="cpu", cluster="local", max_staleness=0, problems=max(GENERATORS))
+    config = Config().change(
+        device="cpu", cluster="local", max_staleness=0, problems=max(GENERATORS), learning_rate=0.0,
+        value_learning_rate=0.0,
+    )  # fmt: skip
     policy = load_policy(config.model)
     sampler, data = TorchSampler(policy), splits(config)["train"]
     with collecting(config, collect_mcts) as collect:
         pairs = overhead(bench, config, policy, sampler, data, collect)
         rates = copy_rates(collect.ray, policy)
-    shares = [there / here - 1 for here, there in pairs]
-    here, there = (median(side) for side in zip(*pairs))
-    print(f"a step of {config.problems} trees: {here:.2f} s in this process, {there:.2f} s through one generator;")
-    print(f"overhead {median(shares):+.1%} (rounds: {', '.join(f'{share:+.1%}' for share in shares)})")
+    overheads = [generator / process - 1 for process, generator in pairs]
+    process, generator = (median(side) for side in zip(*pairs))
+    print(
+        f"a step of {config.learning.problems} trees: {process:.2f} s in this process, {generator:.2f} s through one "
+        f"generator;\noverhead {median(overheads):+.1%} (rounds: {', '.join(f'{one:+.1%}' for one in overheads)})"
+    )
     service = service_times(bench, config, policy, sampler, data)
     updates = [seconds + rates["publish"] for seconds in update_times(bench, config, policy, sampler, data)]
     print(f"an update: {mean(updates):.2f} s, of it publishing {1000 * rates['publish']:.1f} ms\n")
@@ -266,14 +276,14 @@ def main() -> None:
         paper = [expected_most(times, generators) + mean(updates), max(mean(times), mean(updates))]
         cells = []
         for staleness in (0, 1):
-            found = simulate(generators, staleness, times, updates, bench.simulated)
-            cells += [f"{paper[staleness]:.2f}", f"{found.seconds:.2f}", f"{found.waiting:.0%}"]
-        print(f"| {generators} | {mean(times):.2f} | {' | '.join(cells)} | {found.dropped:.2f} |")
-    together = overlapped(bench, replace(config, max_staleness=1), policy)
+            simulation = simulate(generators, staleness, times, updates, bench.simulated)
+            cells += [f"{paper[staleness]:.2f}", f"{simulation.seconds:.2f}", f"{simulation.waiting:.0%}"]
+        print(f"| {generators} | {mean(times):.2f} | {' | '.join(cells)} | {simulation.dropped:.2f} |")
+    measured = overlapped(bench, config.change(max_staleness=1), policy)
     expected = simulate(1, 1, service[1], updates, bench.simulated).seconds
-    print(f"one generator with staleness 1, really run: {together:.2f} s a step, simulated {expected:.2f}")
+    print(f"one generator with staleness 1, really run: {measured:.2f} s a step, simulated {expected:.2f}")
     show_weights(bench, rates)
-    recorded = {"overhead": pairs, "service": service, "updates": updates, "rates": rates, "together": together}
+    recorded = {"overhead": pairs, "service": service, "updates": updates, "rates": rates, "together": measured}
     files.write(bench.out, json.dumps(recorded | provenance.provenance()))
 
 

@@ -12,13 +12,11 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import countdown
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.timing import timed
 from config import check
-from runtime.files import check_writable
 from countdown import make_problems, solve, verify
+from runtime import cli, files, provenance
+from runtime.files import check_writable
 
 
 @dataclass
@@ -36,14 +34,14 @@ class Bench:
 
 
 def seconds(work, repeats: int) -> float:
-    """The median CPU time of `repeats` runs, each with nothing remembered."""
+    """The median CPU time of `repeats` runs, each with empty caches."""
 
-    def afresh() -> None:
-        for remembered in countdown.play_distribution, countdown.reachable:
-            remembered.cache_clear()
+    def work_without_caches() -> None:
+        for function in countdown.play_distribution, countdown.reachable:
+            function.cache_clear()
         work()
 
-    return timed(afresh, repeats)[0]
+    return timed(work_without_caches, repeats)[0]
 
 
 def answers(count: int) -> dict[str, list[tuple[str, countdown.Problem]]]:
@@ -52,8 +50,8 @@ def answers(count: int) -> dict[str, list[tuple[str, countdown.Problem]]]:
     for problem in make_problems(count, "train"):
         a, b, c, d = problem.numbers
         steps = f"<step> {a} + {b} = {a + b} left {a + b} {c} {d} </step> " * 3
-        found = solve(problem.numbers).get(problem.target, "1")
-        kinds["right"].append((f"{steps}<answer> {found} </answer>", problem))
+        solution = solve(problem.numbers).get(problem.target, "1")
+        kinds["right"].append((f"{steps}<answer> {solution} </answer>", problem))
         kinds["wrong"].append((f"{steps}<answer> ({a} + {b}) * {c} + {d} </answer>", problem))
         kinds["broken"].append((f"{steps}<answer> ({a} + {b}) * {rng.randint(14, 99)} </answer>", problem))
         kinds["none"].append((steps, problem))
@@ -62,19 +60,21 @@ def answers(count: int) -> dict[str, list[tuple[str, countdown.Problem]]]:
 
 def main() -> None:
     bench = cli.read_config(Bench)
-    took = {f"make {bench.problems:,} problems": seconds(lambda: make_problems(bench.problems, "train"), bench.repeats)}
+    times = {
+        f"make {bench.problems:,} problems": seconds(lambda: make_problems(bench.problems, "train"), bench.repeats)
+    }
     multisets = list(combinations_with_replacement(range(1, 14), 4))
-    took[f"solve all {len(multisets):,} multisets"] = seconds(lambda: list(map(solve, multisets)), bench.repeats)
+    times[f"solve all {len(multisets):,} multisets"] = seconds(lambda: list(map(solve, multisets)), bench.repeats)
     print("| on one core | seconds |\n|---|---|")
-    for name, value in took.items():
+    for name, value in times.items():
         print(f"| {name} | {value:.2f} |", flush=True)
     print("\n| answers | verified a second |\n|---|---|")
     rates = {}
     for kind, pairs in answers(bench.answers).items():
         rates[kind] = len(pairs) / seconds(lambda pairs=pairs: [verify(*pair) for pair in pairs], bench.repeats)
         print(f"| {kind} | {rates[kind]:,.0f} |", flush=True)
-    found = asdict(bench) | {"seconds": took, "verified": rates} | provenance.provenance()
-    files.write(bench.out, json.dumps(found, indent=1, default=str))
+    measured = asdict(bench) | {"seconds": times, "verified": rates} | provenance.provenance()
+    files.write(bench.out, json.dumps(measured, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a score costs end to end: the methods as they are now against the first commit that could train.
+"""The cost of a score, end to end: each method now beside the first commit that could train.
 
     python -m benchmarks.learning --out runs/learning.json
 
-Each commit runs its own preset tiny, one thread, for its first tokens: CPU seconds a million generated tokens; the
-older one in a git worktree made for it, and with time.process_time in place of time.perf_counter. How many tokens a
-score takes is read from the logs in results/: the first runs, and those of stage compare.
+Each commit runs its own preset tiny on one thread for a number of tokens, which gives CPU seconds a million generated
+tokens. The older commit runs in a git worktree that is made for it. Both have time.process_time in place of
+time.perf_counter. The number of tokens that a score takes is read from the logs in results/: those of the first runs,
+and those of stage compare.
 """
 
 import json
@@ -17,20 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
-from runtime import run_folder
 from config import check
-from runtime.files import check_writable
 from experiments.study import METHODS
+from runtime import cli, files, provenance
+from runtime.files import check_writable
+from runtime.run_folder import read_metrics
 
 KIT = Path(__file__).parents[1]
 RUN = (
     "import runpy, sys, time; time.perf_counter = time.process_time; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-# what the first commit ran as preset tiny, some of it by other defaults
+# what the first commit ran as preset tiny, in its own options: some of its defaults were others
 FIRST = {
     "mcts": "--problems 64 --tree.children 2 --tree.simulations 32 --tree.prior sum",
     "best-of-n": "--problems 64 --samples 8",
@@ -63,7 +62,7 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     done = subprocess.run([sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{method} in {kit} ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
-    rows = run_folder.read_metrics(folder)
+    rows = read_metrics(folder)
     first, last = next(row for row in rows if row["step"] == 1), rows[-1]
     return 1e6 * (last["seconds"] - first["seconds"]) / (last["generated"] - first["generated"])
 
@@ -71,11 +70,11 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
 def millions_to(score: float, pattern: str) -> float | None:
     """Median over seeds of the million generated tokens at the first evaluation that reaches the score; None if not
     half of them do."""
-    found = []
+    tokens = []  # of each seed
     for folder in sorted(KIT.glob(pattern)):
-        reached = (row["generated"] for row in run_folder.read_metrics(folder) if row.get("eval_mean", 0) >= score)
-        found.append(next(reached, math.inf))
-    return median(found) / 1e6 if found and median(found) < math.inf else None
+        reached = (row["generated"] for row in read_metrics(folder) if row.get("eval_mean", 0) >= score)
+        tokens.append(next(reached, math.inf))
+    return median(tokens) / 1e6 if tokens and median(tokens) < math.inf else None
 
 
 def main() -> None:
@@ -103,7 +102,9 @@ def main() -> None:
                 print(f"| {method} | {before:.0f} | {after:.0f} | {reached} | {' | '.join(cells)} |", flush=True)
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(old)], check=True)
-    files.write(bench.out, json.dumps(asdict(bench) | {"methods": rows} | provenance.provenance(), indent=1, default=str))
+    files.write(
+        bench.out, json.dumps(asdict(bench) | {"methods": rows} | provenance.provenance(), indent=1, default=str)
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
-"""Does a long run stay as small as it began? Memory and open files along 2,000 steps of search and distillation.
+"""Memory and open files along 2,000 steps of search and distillation: neither may grow.
 
     python -m benchmarks.long_haul                 # make long-haul; prints a table, fails if something grows
 
-The steps are small but whole: search, update, metrics, and along the way evaluations, checkpoints and trees. Linux, by
-/proc. The first tenth is warm-up; after it the largest resident size must stay within 5 % of the first one.
+The steps are small but complete: search, update, metrics, with evaluations, checkpoints and trees along the way. Linux
+only: it reads /proc. The first tenth is warm-up; after it the resident size must stay within 5 % of its first value.
 """
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ppo
+from config import Config, TreeConfig, check
 from runtime import cli
-from config import check
 from runtime.files import check_new
-from config import Config
-from config import SearchConfig
+from sampling import Collect
 
 GROWTH = 0.05
 
@@ -41,14 +39,14 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def watch(collect: Callable[..., ppo.Collected], every: int, found: list[tuple[float, int]]) -> Callable:
-    """The collector, with a row of the table before every `every`-th step."""
+def watch(collect: Collect, every: int, rows: list[tuple[float, int]]) -> Collect:
+    """The collector, with a row of the table (memory, open files) before every `every`-th step."""
     began = time.perf_counter()
 
     def watched(policy, *rest):
         if policy.version % every == 0:
-            found.append((resident(), len(os.listdir("/proc/self/fd"))))
-            memory, files = found[-1]
+            rows.append((resident(), len(os.listdir("/proc/self/fd"))))
+            memory, files = rows[-1]
             seconds = time.perf_counter() - began
             print(f"| {policy.version} | {memory:.1f} | {files} | {seconds:.0f} |", flush=True)
         return collect(policy, *rest)
@@ -58,16 +56,15 @@ def watch(collect: Callable[..., ppo.Collected], every: int, found: list[tuple[f
 
 def main() -> None:
     bench = cli.read_config(LongHaul)
-    config = Config(
+    config = replace(Config(), tree=TreeConfig(simulations=16, children=2, prior="sum")).change(
         out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
         evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,
         checkpoints=bench.rows, learning_rate=1e-5, failures=True,
-        tree=SearchConfig(simulations=16, children=2, prior="sum"),
     )  # fmt: skip
-    found: list[tuple[float, int]] = []
+    rows: list[tuple[float, int]] = []
     print("| step | MiB | open files | seconds |\n|---|---|---|---|", flush=True)
-    ppo.train(config, watch(ppo.collect_mcts, bench.steps // bench.rows, found))
-    memory, files = zip(*found[len(found) // 10 :])
+    ppo.train(config, watch(ppo.collect_mcts, bench.steps // bench.rows, rows))
+    memory, files = zip(*rows[len(rows) // 10 :])
     growth = max(memory) / memory[0] - 1
     print(f"\nafter warm-up: memory {growth:+.1%}, open files {max(files) - files[0]:+d}")
     if growth > GROWTH or max(files) > files[0]:

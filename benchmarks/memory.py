@@ -1,11 +1,11 @@
-"""The estimate of memory.py against a count: the kit's own policy, learner and sampler, run on fake tensors; then what
-preset qwen1.5b would use of 8, 12, 16 and 24 GB (the table of docs/gpu.md).
+"""The estimate of runtime/memory.py beside a count: the kit's own policy, update and sampler, run on fake tensors. Then
+what preset qwen1.5b would use of 8, 12, 16 and 24 GB (the table of docs/gpu.md).
 
     python -m benchmarks.memory
 
 Fake tensors have shapes and storages but no data, so an update of the real Qwen2.5-1.5B is counted on any machine. They
-stand for CPU tensors (a CPU build of PyTorch has no autograd for fake CUDA ones): attention is the CPU's flash kernel,
-which keeps what the GPU's memory-efficient one keeps; AdamW is told to take its path for GPUs. bitsandbytes does not
+stand for CPU tensors, because a CPU build of PyTorch has no autograd for fake CUDA ones. Attention is the CPU's flash
+kernel, which keeps what the GPU's memory-efficient one keeps; AdamW is set to its path for GPUs. bitsandbytes does not
 run on fake tensors: the NF4 row adds up the weights of a small real model.
 """
 
@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -24,17 +24,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from runtime import cli
 from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
-from config import check
-from config import Config, PRESETS
+from config import PRESETS, Config, check
 from countdown import Problem, Reward
-from ppo import batch_loss, make_optimizer
-from runtime.loading import load_policy
-from runtime.memory import Costs, GB, advice, fit, longest_prompt, read_sizes
 from policy import Batch, Policy
+from ppo import batch_loss, make_batch, make_optimizer
+from runtime import cli
+from runtime.loading import load_policy
+from runtime.memory import GB, Costs, advice, fit, longest_prompt, read_sizes
 from runtime.torch_sampler import TorchSampler
-from sampling import Trajectory
+from sampling import SamplingParams, Trajectory
+
+QWEN = PRESETS["qwen1.5b"]
 
 
 class Count(TorchDispatchMode):
@@ -44,10 +45,13 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
+        self.nonzero: list[int] = []  # how many elements the next calls of nonzero are to find
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:  # a number out of no data: no row ends
             return 1.0 if args[0].dtype.is_floating_point else 0
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty(self.nonzero.pop(0), args[0].dim(), dtype=torch.long)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -97,19 +101,25 @@ def counted(config: Config) -> Iterator[tuple[Policy, Count]]:
             patch.object(PreTrainedModel, "to", stay),
             patch.object(torch.nn.Module, "to", stay),
         ):
-            options = config.lora_rank, "cpu", config.dtype, config.quantize, config.gradient_checkpointing
-            policy = load_policy(config.model, *options)
+            policy = load(config)
         yield policy, count
 
 
+def load(config: Config) -> Policy:
+    machine = config.machine
+    return load_policy(
+        config.model, machine.lora_rank, "cpu", machine.dtype, machine.quantize, machine.gradient_checkpointing
+    )
+
+
 def count_update(config: Config, rows: int, length: int) -> int:
-    """Bytes at the peak of one update on `rows` sequences of `length` tokens, completions of `config.max_tokens`."""
-    start, tokens = [0] * (length - config.max_tokens), [0] * config.max_tokens
-    one = Trajectory(Problem((1, 2), 3), start, tokens, [0.0] * len(tokens), Reward(0.0, False, False, ""), 0, "count")
+    """Bytes at the peak of one update on `rows` sequences of `length` tokens, completions of `task.max_tokens`."""
+    width, learning, reward = config.task.max_tokens, config.learning, Reward(1.0, True, True, "")
+    trajectory = Trajectory(Problem((1, 2), 3), [0] * (length - width), [0] * width, [0.0] * width, reward)
 
     def batch(policy, prompts, completions):  # its width is in the data
         ids = torch.zeros(rows, length, dtype=torch.long)
-        return Batch(ids, torch.ones_like(ids), torch.ones(rows, config.max_tokens))
+        return Batch(ids, torch.ones_like(ids), torch.ones(rows, width))
 
     with counted(config) as (policy, count), patch.object(Policy, "batch", batch):
         optimizer = make_optimizer(policy, config)
@@ -121,9 +131,11 @@ def count_update(config: Config, rows: int, length: int) -> int:
         optimizer.step()  # makes the moments
         optimizer.zero_grad(set_to_none=True)
         count.peak = count.now
-        batch_loss(policy, [one] * rows, config, [one] * rows)[0].backward()
+        lengths = [width] * rows
+        lessons = make_batch(policy, [trajectory] * rows, learning, (lengths, lengths))
+        batch_loss(policy, lessons, learning)[0].backward()
         for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], config.clip_gradient, foreach=True)
+            torch.nn.utils.clip_grad_norm_(group["params"], learning.clip_gradient, foreach=True)
         optimizer.step()
         return count.peak
 
@@ -132,18 +144,16 @@ def count_sampling(config: Config, rows: int, n: int, length: int) -> int:
     """Bytes at the peak of decoding `rows` sequences, `n` to a prefix, that all differ from their first token on: the
     last 4 of their `length` tokens."""
 
-    copied = iter([rows, 0, 0])  # rows, after each token but the last
-
     def differ(row, token):
-        every = torch.arange(rows)
-        return row, every[: next(copied)], every, every, token
+        return row, token, torch.arange(rows)
 
     prefixes = [[0] * (length - 4)] * (rows // n)
     decode = torch.no_grad()(TorchSampler._decode.__wrapped__)  # inference_mode hides operations inside others
-    with counted(config) as (policy, count), patch("sampling.share", differ):
+    with counted(config) as (policy, count), patch("runtime.torch_sampler.merge_rows", differ):
         sampler = TorchSampler(policy, rows)
         count.peak = count.now
-        decode(sampler, prefixes, n, [0] * len(prefixes), 4, 1.0, False)
+        count.nonzero = [rows, 0, 0]  # rows of the cache that move, after each token but the last
+        decode(sampler, prefixes, [0] * len(prefixes), SamplingParams(n, max_tokens=4))
         return count.peak
 
 
@@ -168,14 +178,14 @@ def show_plans(model: str) -> None:
     print("\n| budget | weights | sampler | micro-batch | sampler's share | estimated peak |\n|" + "---|" * 6)
     for budget in 8, 12, 16, 24:
         for quantize, engine in ("nf4", "torch"), ("none", "torch"), ("none", "vllm"):
-            config = replace(PRESETS["qwen1.5b"], model=model, quantize=quantize, sampler=engine)
-            costs = Costs(config, read_sizes(model, model), longest_prompt(model, model, config.size), engine)
-            found = fit(costs, budget)
-            share = f"{found.cache_gb:.1f} GB cache" if found.cache_gb else f"{found.rows} sequences"
-            plan = f"{found.micro_tokens:,} tokens | {share} | {found.need:.1f} GB"
-            if found.need > budget:
-                plan = f"no: {advice(costs, budget)} fits | | "
-            print(f"| {budget} GB | {'NF4' if quantize == 'nf4' else 'bf16'} | {engine} | {plan} |")
+            config = QWEN.change(model=model, quantize=quantize, sampler=engine)
+            costs = Costs(config, read_sizes(model, model), longest_prompt(model, model, config.task.size), engine)
+            plan = fit(costs, budget)
+            memory = f"{plan.cache_gb:.1f} GB cache" if plan.cache_gb else f"{plan.rows} sequences"
+            shown = f"{plan.micro_tokens:,} tokens | {memory} | {plan.need:.1f} GB"
+            if plan.need > budget:
+                shown = f"no: {advice(costs, budget)} fits | | "
+            print(f"| {budget} GB | {'NF4' if quantize == 'nf4' else 'bf16'} | {engine} | {shown} |")
 
 
 @dataclass
@@ -185,7 +195,7 @@ class Bench:
     length: int = 704  # tokens of a sequence, 512 of them the completion
 
     def __post_init__(self):
-        check(self, "at least", PRESETS["qwen1.5b"].max_tokens + 1, "length")
+        check(self, "at least", QWEN.task.max_tokens + 1, "length")
         check(self, "at most", Shape.context, "length")
 
 
@@ -197,7 +207,7 @@ def main() -> None:
 
 def compare(length: int, folder: Path) -> None:
     """Count, and print beside the estimates; models are made in `folder`."""
-    lora = replace(PRESETS["qwen1.5b"], model=bare(Shape(folder / "qwen")))
+    lora = QWEN.change(model=bare(Shape(folder / "qwen")))
     sizes = read_sizes(lora.model, lora.model)
     print("| phase | sequences | counted GB | estimated GB | ratio |\n|" + "---|" * 5)
 
@@ -209,25 +219,23 @@ def compare(length: int, folder: Path) -> None:
         "bf16, LoRA 32": dict(gradient_checkpointing=False),
         "fp32, all weights, checkpointing": dict(lora_rank=0, dtype="float32"),
     }.items():
-        config = replace(lora, **changes)
-        costs = Costs(config, sizes, length - config.max_tokens, "torch")
+        config = lora.change(**changes)
+        costs = Costs(config, sizes, length - config.task.max_tokens, "torch")
         for rows in (1, 4, 16):
             guess = costs.frozen + costs.trainable + costs.update(rows * length)
             show(f"update, {what}", rows, count_update(config, rows, length), guess)
     for rows, n in (16, 4), (64, 4), (64, 16):
-        config = replace(
-            lora, tree=replace(lora.tree, children=n, step_tokens=1), eval_samples=n, test_samples=n, problems=1
-        )
-        costs = Costs(config, sizes, length - config.max_tokens, "torch")
+        config = lora.change(children=n, step_tokens=1, eval_samples=n, test_samples=n, problems=1)
+        costs = Costs(config, sizes, length - config.task.max_tokens, "torch")
         weights = costs.frozen + 4 * costs.trained  # neither gradients nor moments
         guess = weights + costs.sampling(rows) - costs.kept_tokens(rows) * costs.cached  # nothing is kept here
         show(f"sampling, {n} to a prefix", rows, count_sampling(config, rows, n, length), guess)
-    waiting = config.problems * config.tree.workers
-    show("critic", waiting, count_critic(config, waiting, length), weights + costs.critic)
+    leaves = config.learning.problems * config.tree.workers
+    show("critic", leaves, count_critic(config, leaves, length), weights + costs.critic)
 
     small = Shape(folder / "small", layers=2, hidden=512, intermediate=2048, heads=8, vocabulary=4096)
-    config = replace(lora, model=str(make_checkpoint(small)), quantize="nf4")
-    policy = load_policy(config.model, config.lora_rank, "cpu", config.dtype, config.quantize)
+    config = lora.change(model=str(make_checkpoint(small)), quantize="nf4")
+    policy = load(config)
     sizes = read_sizes(config.model, config.model)
     guess = Costs(config, sizes, 1, "torch").frozen - sizes.largest * 2
     show("frozen weights, NF4, 2 layers", "", frozen_weights(policy), guess)

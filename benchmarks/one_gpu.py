@@ -1,13 +1,13 @@
-"""What a run of the real size costs on one card: sampling over its floor, memory and seconds of a step by phase.
+"""The cost of a run of the real size on one GPU: sampling beside its floor, memory and seconds of a step by phase.
 
     python -m benchmarks.one_gpu                        # caps of 8, 12, 16, 24 GB, NF4 and bf16 LoRA, each sampler
     python -m benchmarks.one_gpu --caps 24 --samplers vllm --model Qwen/Qwen2.5-1.5B-Instruct
 
-Without --model the weights are random, in the shape of Qwen2.5-1.5B (benchmarks/random_qwen.py): memory and speed of a
-step are those of the real model, except that a random one never ends a step or an answer early, so every completion
-takes its full length. That is a game's here, 128 tokens; the preset allows 512, which may take more memory. Each row
-of steps is a run in a process of its own, under a hard cap on PyTorch's allocator; a row that runs out of memory says
-so. Writes OUT/one_gpu.json.
+Without --model the weights are random, in the shape of Qwen2.5-1.5B (benchmarks/random_qwen.py). Memory and speed of a
+step are then those of the real model, with one exception: a random model never ends a step or an answer early, so every
+completion has the full length. Here that is the length of a game, 128 tokens. The preset allows 512, which may take
+more memory. Each row of steps is a run in a process of its own, under a hard cap on PyTorch's allocator; a row that
+runs out of memory says so. Writes OUT/one_gpu.json.
 
 Sampling is TorchSampler beside transformers' `generate`, bf16, whole completions. The floor of a token is the larger of
 two times: the bytes of all weights and of every sequence's keys and values at the rate of a large copy, and the
@@ -27,20 +27,17 @@ from statistics import median
 
 import torch
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
-from runtime import run_folder
 from benchmarks.random_qwen import Shape, make_checkpoint
 from benchmarks.speed import LENGTH, SIBLINGS, measure_sampling
 from benchmarks.timing import timed
-from config import check, check_choices
-from runtime.files import check_writable
-from config import METHODS, PRESETS
+from config import METHODS, PRESETS, check, check_choices
 from countdown import Problem
+from policy import Policy
+from runtime import cli, files, provenance
+from runtime.files import check_writable
 from runtime.loading import load_policy, locate, pick_device
 from runtime.memory import read_sizes
-from policy import Policy
+from runtime.run_folder import read_metrics
 
 COSTS = ("gpu_peak_gb", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds")
 
@@ -101,17 +98,17 @@ def bench_sampling(bench: Bench, model: str) -> dict:
 
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {flops / 1e12:.0f} TFLOP/s")
     print("| sampling, rows | ours, tokens/s | generate | ratio | floor, tokens/s | share |\n|" + "---|" * 6)
-    policy, found = load_policy(model, device=bench.device, dtype="bfloat16", train=False), []
+    policy, table = load_policy(model, device=bench.device, dtype="bfloat16", train=False), []
     for rows in bench.rows:
         try:
             row = measure_sampling(policy, rows, bench.repeats, floor)
         except torch.OutOfMemoryError:
             print(f"| {rows} | out of memory |", flush=True)
             continue
-        found.append(row)
+        table.append(row)
         shown = f"{row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {row['floor']:,.0f}"
         print(f"| {rows} | {shown} | {row['ours'] / row['floor']:.1%} |", flush=True)
-    return {"bandwidth": bandwidth, "flops": flops, "sampling": found}
+    return {"bandwidth": bandwidth, "flops": flops, "sampling": table}
 
 
 def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, method: str) -> dict:
@@ -125,14 +122,14 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     if method == "mcts":
-        args += ["--tree.simulations", str(bench.simulations), "--tree.step-tokens", str(bench.step_tokens)]
+        args += ["--simulations", str(bench.simulations), "--step-tokens", str(bench.step_tokens)]
     args += ["--failures"]  # random weights have no right answers to learn from
     program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
     done = subprocess.run([sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True)
     if done.returncode:
         return row | {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
-    steps = [step for step in run_folder.read_metrics(folder) if "update_seconds" in step][1:]
+    steps = [step for step in read_metrics(folder) if "update_seconds" in step][1:]
     for key in COSTS:
         row[key] = median(step.get(key, math.nan) for step in steps)
     # a searched random model may answer in none of its trees: no update then
@@ -143,20 +140,20 @@ def main() -> None:
     bench = cli.read_config(Bench)
     bench.out.mkdir(parents=True, exist_ok=True)
     model = bench.model or str(make_checkpoint(Shape(bench.out / "model")))
-    found = {"steps": []} | provenance.provenance()
+    measured = {"steps": []} | provenance.provenance()
     print("| cap | weights | sampler | method | peak GB | tokens/s | sampler s | critic s | update s | trajectories |")
     print("|" + "---|" * 10)
     for cap, quantize, sampler, method in product(bench.caps, bench.quantize, bench.samplers, bench.methods):
         if (quantize, sampler) == ("nf4", "vllm"):  # vLLM does not serve it
             continue
         row = measure(bench, model, cap, quantize, sampler, method)
-        found["steps"].append(row)
+        measured["steps"].append(row)
         cost = " | ".join(f"{row[key]:.1f}" for key in COSTS if key in row)
-        told = row.get("error", f"{cost} | {row.get('trajectories')}")
-        print(f"| {cap:g} GB | {row['weights']} | {sampler} | {method} | {told} |", flush=True)
-        files.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
-    found |= bench_sampling(bench, model)  # last: it keeps the card's memory to the end of this process
-    files.write(bench.out / "one_gpu.json", json.dumps(found, indent=1))
+        shown = row.get("error", f"{cost} | {row.get('trajectories')}")
+        print(f"| {cap:g} GB | {row['weights']} | {sampler} | {method} | {shown} |", flush=True)
+        files.write(bench.out / "one_gpu.json", json.dumps(measured, indent=1))
+    measured |= bench_sampling(bench, model)  # last: it keeps the GPU's memory to the end of this process
+    files.write(bench.out / "one_gpu.json", json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A Qwen2 checkpoint without a hub: weights drawn here, a byte-level BPE tokenizer like Qwen2.5's learnt here.
+"""A Qwen2 checkpoint that needs no download: random weights, and a byte-level BPE tokenizer like Qwen2.5's.
 
     python -m benchmarks.random_qwen models/random-1.5b    # the shape of Qwen2.5-1.5B, random bf16 weights, 3.1 GB
 
-The tests take thin ones, `lessons` above 0: a few seconds of training on written games, so that </step> and <answer>
+The tests use thin ones with `lessons` above 0: a few seconds of training on written games, so that </step> and <answer>
 occur. The vocabulary is padded beyond the tokenizer, as Qwen2.5's is (151,936 against 151,665).
 """
 
@@ -15,13 +15,13 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from runtime import cli
 from config import check, check_choices
-from runtime.files import check_writable
 from countdown import Problem, check_game, make_problems, prompt
 from experiments.pretrain import write_game
+from runtime import cli
+from runtime.files import check_writable
 
-# how Qwen2 cuts text into words before it merges bytes: contractions, words, single digits, punctuation, white space
+# how Qwen2 splits text into words before it merges bytes: contractions, words, single digits, punctuation, white space
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -72,19 +72,19 @@ def build_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen2's pre-tokenizer and special tokens, its merges learnt from prompts and games."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    cut, to_bytes = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    split, to_bytes = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
     texts = [f"{prompt(problem)[0]['content']}\n{prompt(problem)[1]['content']} {game}" for problem, game in games(100)]
     bpe.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, padding_side="left", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
-    fast.chat_template = CHATML
-    return fast
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 def make_checkpoint(shape: Shape) -> Path:

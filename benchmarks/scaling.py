@@ -1,4 +1,4 @@
-"""Does a simulation cost the same in one tree and in 256, in 8 simulations and in 1,024?
+"""The cost of a simulation in 1 to 256 trees, and in trees of 8 to 1,024 simulations.
 
     python -m benchmarks.scaling --out runs/scaling.json
 
@@ -12,19 +12,14 @@ from pathlib import Path
 
 import torch
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.timing import timed
-from config import check
-from runtime.files import check_writable
-from config import Config
+from config import TINY, Config, SearchConfig, check
 from countdown import make_problems
-from config import TINY
-from runtime.loading import load_policy
-from config import SearchConfig
-from mcts import search
+from mcts import plant, search
 from policy import Policy
+from runtime import cli, files, provenance
+from runtime.files import check_writable
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 
 
@@ -45,13 +40,12 @@ class Bench:
 
 
 def measure(policy: Policy, trees: int, config: SearchConfig, repeats: int) -> dict:
-    """Milliseconds of a simulation, and what it found to do."""
+    """Milliseconds of a simulation, and the share of simulations that expand a node."""
     problems = make_problems(trees, "train")
-    prompts = [policy.encode(problem) for problem in problems]
 
     def work():
-        sampler = TorchSampler(policy)
-        return search(problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems))))
+        planted = plant(policy, problems, list(range(trees)))
+        return planted, search(planted, TorchSampler(policy), policy.grade, config)
 
     seconds, (searched, usage) = timed(work, repeats)
     done = sum(tree.root.visits for tree in searched)
@@ -71,7 +65,7 @@ def main() -> None:
     bench = cli.read_config(Bench)
     torch.set_num_threads(1)
     policy = load_policy(TINY, train=False)
-    base = replace(Config().search_config, children=bench.children, prior="uniform", distinct=False, min_p=0.0)
+    base = replace(Config().search, children=bench.children, prior="uniform", cutoff=None)
     sizes = [(trees, bench.of[0]) for trees in bench.trees] + [(bench.of[1], count) for count in bench.simulations]
     measure(policy, 4, base, 1)  # warm-up
     rows = []
@@ -81,7 +75,9 @@ def main() -> None:
         rows.append(row)
         shown = f"{row['ms']:.2f} | {row['expanded']:.0%} | {row['ms_expansion']:.2f} | {row['us_token']:.0f}"
         print(f"| {trees} | {simulations} | {shown} |", flush=True)
-    files.write(bench.out, json.dumps(asdict(bench) | {"scaling": rows} | provenance.provenance(), indent=1, default=str))
+    files.write(
+        bench.out, json.dumps(asdict(bench) | {"scaling": rows} | provenance.provenance(), indent=1, default=str)
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Where the time of sampling goes, by torch's profiler; and what buffers' layout does to attention on a CPU.
+"""Where the time of sampling goes, by torch's profiler; and the speed of attention on a CPU by its buffers' layout.
 
     python -m benchmarks.shares --rows 512 --out runs/shares.json
 
-What is left when operators are taken from the whole is Python between them.
+The time that no operator takes is counted as Python's.
 """
 
 import json
@@ -14,18 +14,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.speed import LENGTH, SIBLINGS
 from benchmarks.timing import timed
-from config import check
-from runtime.files import check_writable
+from config import TINY, check
 from countdown import make_problems
-from config import TINY
-from runtime.loading import load_policy
 from policy import Policy
+from runtime import cli, files, provenance
+from runtime.files import check_writable
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
+from sampling import SamplingParams
 
 KINDS = {  # of operators
     "products with the weights": ("mm", "addmm"),
@@ -54,19 +52,19 @@ def shares(policy: Policy, rows: int) -> dict[str, float]:
     sampler, prompts = TorchSampler(policy, rows), [policy.encode(p) for p in make_problems(rows // SIBLINGS, "train")]
 
     def sample() -> None:
-        sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+        sampler.sample(prompts, list(range(len(prompts))), SamplingParams(SIBLINGS, LENGTH))
 
     sample()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         began = time.perf_counter()  # the profiler's clock
         sample()
         whole = time.perf_counter() - began
-    found = dict.fromkeys([*KINDS, "norms, rotary embedding, the rest"], 0.0)
+    by_kind = dict.fromkeys([*KINDS, "norms, rotary embedding, the rest"], 0.0)
     for event in profiled.key_averages():
         name = event.key.removeprefix("aten::")
         kind = next((kind for kind, names in KINDS.items() if name in names), "norms, rotary embedding, the rest")
-        found[kind] += event.self_cpu_time_total / 1e6 / whole
-    return found | {"Python": 1 - sum(found.values())}
+        by_kind[kind] += event.self_cpu_time_total / 1e6 / whole
+    return by_kind | {"Python": 1 - sum(by_kind.values())}
 
 
 def layouts(rows: int, heads: int = 5, columns: int = 40, dim: int = 32) -> dict[str, float]:
@@ -84,28 +82,31 @@ def layouts(rows: int, heads: int = 5, columns: int = 40, dim: int = 32) -> dict
     def fused(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(query, keys, values, mask)
 
-    wanted = {
+    variants = {
         "SDPA, no gap between rows": (fused, dense),
         "SDPA, room for the final length": (fused, roomy),
         "SDPA, tokens outermost": (fused, outermost),
         "two products and a softmax, no gap": (products, dense),
         "two products and a softmax, room": (products, roomy),
     }
-    return {name: 1000 * timed(lambda w=work, k=kept: w(*k), 30, warm_up=3)[0] for name, (work, kept) in wanted.items()}
+    times = {}
+    for name, (attention, cache) in variants.items():
+        times[name] = 1000 * timed(lambda a=attention, c=cache: a(*c), 30, warm_up=3)[0]
+    return times
 
 
 def main() -> None:
     bench = cli.read_config(Bench)
     torch.set_num_threads(bench.threads)
-    found = shares(load_policy(TINY, train=False), bench.rows)
+    by_kind = shares(load_policy(TINY, train=False), bench.rows)
     print(f"| sampling, {bench.rows} rows | share |\n|---|---|")
-    print("\n".join(f"| {name} | {share:.0%} |" for name, share in found.items()), flush=True)
+    print("\n".join(f"| {name} | {share:.0%} |" for name, share in by_kind.items()), flush=True)
     with torch.inference_mode():
         costs = layouts(bench.rows)
     print("\n| attention, a layer and token | ms |\n|---|---|")
     print("\n".join(f"| {name} | {cost:.2f} |" for name, cost in costs.items()))
-    made = asdict(bench) | {"shares": found, "layouts": costs} | provenance.provenance()
-    files.write(bench.out, json.dumps(made, indent=1, default=str))
+    measured = asdict(bench) | {"shares": by_kind, "layouts": costs} | provenance.provenance()
+    files.write(bench.out, json.dumps(measured, indent=1, default=str))
 
 
 if __name__ == "__main__":

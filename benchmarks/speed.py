@@ -20,21 +20,16 @@ from statistics import median
 
 import torch
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.timing import in_turn, timed
-from config import check, check_choices
-from runtime.files import check_writable
-from config import Config
+from config import TINY, Config, SearchConfig, check, check_choices
 from countdown import make_problems
-from config import TINY
-from runtime.loading import load_policy
-from config import SearchConfig
-from mcts import Tree, search
+from mcts import Tree, plant, search
 from policy import Policy, left_pad
+from runtime import cli, files, provenance
+from runtime.files import check_writable
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
-from sampling import Sample, Usage
+from sampling import Sample, SamplingParams, Usage
 
 KIT = Path(__file__).parents[1]
 SIBLINGS, LENGTH = 8, 64  # completions a prompt, tokens of one at most
@@ -70,31 +65,31 @@ class GenerateSampler:
     def __init__(self, policy: Policy, together: bool):
         self.policy, self.together = policy, together
 
-    def sample(self, prefixes, n, seeds, max_tokens, temperature=1.0, stop_at_step=False, distinct=None):
+    def sample(self, prefixes, seeds, params):
         began, rows = time.perf_counter(), []
         torch.manual_seed(seeds[0] % 2**63)
         ours, self.policy.lm.config._attn_implementation = self.policy.lm.config._attn_implementation, "sdpa"
         try:
-            for some in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
-                rows += self._generate(some, n, max_tokens, temperature, stop_at_step)
+            for call in [prefixes] if self.together else [[prefix] for prefix in prefixes]:
+                rows += self._generate(call, params)
         finally:  # a peer that runs out of memory must not leave its attention to the kit
             self.policy.lm.config._attn_implementation = ours
         generated = sum(len(s.tokens) for row in rows for s in row)
         return rows, Usage(generated, sum(map(len, prefixes)), time.perf_counter() - began)
 
-    def _generate(self, prefixes, n, max_tokens, temperature, stop_at_step) -> list[list[Sample]]:
+    def _generate(self, prefixes: list[list[int]], params: SamplingParams) -> list[list[Sample]]:
         pad, step = self.policy.tokenizer.pad_token_id, self.policy.tokenizer.convert_tokens_to_ids("</step>")
         ids, attention = left_pad(prefixes, pad, self.policy.device)
-        ends = [*self.policy.stop_ids, *([step] if stop_at_step else [])]
+        ends = [*self.policy.stop_ids, *([step] if params.stop_at_step else [])]
         with torch.inference_mode():
             out = self.policy.lm.generate(
-                input_ids=ids, attention_mask=attention, do_sample=True, num_return_sequences=n, top_k=0, top_p=1.0,
-                temperature=temperature, max_new_tokens=max_tokens, eos_token_id=ends, pad_token_id=pad,
-                return_dict_in_generate=True, output_scores=stop_at_step,
+                input_ids=ids, attention_mask=attention, do_sample=True, num_return_sequences=params.n, top_k=0,
+                top_p=1.0, temperature=params.temperature, max_new_tokens=params.max_tokens, eos_token_id=ends,
+                pad_token_id=pad, return_dict_in_generate=True, output_scores=params.stop_at_step,
             )  # fmt: skip
         tokens = out.sequences[:, ids.shape[1] :]
         logprobs = torch.zeros(tokens.shape)
-        if stop_at_step:  # a search needs its priors
+        if params.stop_at_step:  # a search needs its priors
             logprobs = self.policy.lm.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
         samples = []
         for row, logp in zip(tokens.tolist(), logprobs.tolist()):
@@ -102,7 +97,7 @@ class GenerateSampler:
             last = row[length - 1]
             ended = "step" if last == step else "end" if last in ends else "length"
             samples.append(Sample(row[:length], logp[:length], ended))
-        return [samples[i : i + n] for i in range(0, len(samples), n)]
+        return [samples[i : i + params.n] for i in range(0, len(samples), params.n)]
 
     def values(self, states):
         return [self.policy.values([state])[0] for state in states], Usage(valued=sum(map(len, states)))
@@ -125,7 +120,7 @@ def measure_sampling(policy: Policy, rows: int, repeats: int, bound: Callable[[P
     prompts = [policy.encode(problem) for problem in make_problems(rows // SIBLINGS, "train")]
 
     def rate(sampler) -> float:
-        _, usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+        _, usage = sampler.sample(prompts, list(range(len(prompts))), SamplingParams(SIBLINGS, LENGTH))
         return usage.generated / usage.seconds
 
     samplers = TorchSampler(policy, rows), GenerateSampler(policy, together=True)
@@ -153,23 +148,21 @@ def measure_vllm(bench: Bench) -> dict[str, float]:
 
 def bench_sampling(policy: Policy, bench: Bench) -> list[dict]:
     """The table of sampling."""
-    vllm, found = measure_vllm(bench), []
+    vllm, table = measure_vllm(bench), []
     print("| sampling, rows | ours, tokens/s | generate | ratio | vLLM | ratio | share of the floor |\n|" + "---|" * 7)
     for rows in bench.rows:
         row = measure_sampling(policy, rows, bench.repeats, floor) | {"vllm": vllm.get(str(rows))}
-        found.append(row)
+        table.append(row)
         other = f"{row['vllm']:,.0f} | {row['ours'] / row['vllm']:.2f}" if row["vllm"] else " | "
         share = row["ours"] / row["floor"]
         shown = f"{row['ours']:,.0f} | {row['peer']:,.0f} | {row['ratio']:.2f} | {other} | {share:.0%}"
         print(f"| {rows} | {shown} |", flush=True)
-    return found
+    return table
 
 
 def measure_search(policy: Policy, bench: Bench) -> dict:
     """Simulations a second of the kit, all trees together, and of the plain loop, one expansion at a time."""
-    base = replace(
-        Config().search_config, children=bench.children, simulations=bench.simulations, distinct=False, min_p=0.0
-    )
+    base = replace(Config().search, children=bench.children, simulations=bench.simulations, cutoff=None)
     spent: list[tuple[list[Tree], Usage, float, int]] = []
     run, plain = [0], policy.hidden
 
@@ -182,10 +175,8 @@ def measure_search(policy: Policy, bench: Bench) -> dict:
     def rate(sampler, count: int, config: SearchConfig) -> float:
         problems, run[0] = make_problems(count, "train"), 0
         began = time.perf_counter()
-        prompts = [policy.encode(problem) for problem in problems]
-        trees, usage = search(
-            problems, prompts, sampler, sampler.values, policy.grade, config, list(range(len(problems)))
-        )
+        trees = plant(policy, problems, list(range(count)))
+        usage = search(trees, sampler, policy.grade, config)
         seconds = time.perf_counter() - began
         if isinstance(sampler, TorchSampler):
             spent.append((trees, usage, seconds, run[0]))
@@ -215,15 +206,15 @@ def measure_search(policy: Policy, bench: Bench) -> dict:
 
 def bench_search(policy: Policy, bench: Bench) -> dict:
     """The line about search."""
-    found = measure_search(policy, bench)
+    measured = measure_search(policy, bench)
     print(
-        f"search, K={bench.children}, {bench.simulations} simulations: {found['ours']:,.0f} simulations/s "
-        f"({found['ours'] / bench.simulations:.1f} problems/s) with {bench.trees} trees, the plain loop "
-        f"{found['peer']:,.0f}, ratio {found['ratio']:.1f}; outside the sampler {found['outside_sampler']:.0%}; "
-        f"prefilled over distinct tokens {found['prefilled']:.3f}, run in all {found['run']:.2f}, drawn "
-        f"{found['drawn']:.2f}"
+        f"search, K={bench.children}, {bench.simulations} simulations: {measured['ours']:,.0f} simulations/s "
+        f"({measured['ours'] / bench.simulations:.1f} problems/s) with {bench.trees} trees, the plain loop "
+        f"{measured['peer']:,.0f}, ratio {measured['ratio']:.1f}; outside the sampler "
+        f"{measured['outside_sampler']:.0%}; prefilled over distinct tokens {measured['prefilled']:.3f}, run in all "
+        f"{measured['run']:.2f}, drawn {measured['drawn']:.2f}"
     )
-    return found
+    return measured
 
 
 def main() -> None:
@@ -233,8 +224,8 @@ def main() -> None:
         time.perf_counter = time.process_time
     policy = load_policy(TINY, train=False)
     sections = {"sampling": bench_sampling, "search": bench_search}
-    found = {name: sections[name](policy, bench) for name in bench.only}
-    files.write(bench.out, json.dumps(asdict(bench) | found | provenance.provenance(), indent=1, default=str))
+    measured = {name: sections[name](policy, bench) for name in bench.only}
+    files.write(bench.out, json.dumps(asdict(bench) | measured | provenance.provenance(), indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.steps kit FOLDER 1024   # this kit's update, 1,024 tokens in a micro-batch
     python -m benchmarks.steps trl FOLDER 16     # TRL's GRPOTrainer, 16 sequences in a micro-batch
 
-FOLDER/batch.json holds the trajectories and names the model. Each answer is a line of JSON: at first that the model is
-loaded, then the process's own CPU seconds of a step, at the end the memory that the steps took. The first step's
-gradient is left in FOLDER/SIDE.safetensors. Learning rates are 0 and nothing is clipped: every step does the same work.
+FOLDER/batch.json holds the trajectories and names the model. Each answer is a line of JSON. The first one says that the
+model is loaded, the next ones give the process's own CPU seconds of a step, the last one the memory that the steps
+took. The first step's gradient is left in FOLDER/SIDE.safetensors. Learning rates are 0 and nothing is clipped, so
+every step does the same work.
 """
 
 import json
@@ -16,26 +17,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from learner import micro_batches
-from ppo import gradients, make_optimizer, update
-from runtime.loading import load_policy
 from policy import left_pad
+from ppo import make_optimizer, update
+from runtime.loading import load_policy
+from runtime.micro_batches import MicroBatches
 
 UNCLIPPED = 1e9
 
 
-def say(**what: float) -> None:
-    print(json.dumps(what), flush=True)
+def say(**numbers: float) -> None:
+    print(json.dumps(numbers), flush=True)
 
 
-def memory(what: str) -> int:
+def memory(name: str) -> int:
     """A line of /proc/self/status in bytes: VmRSS, what is resident, or VmHWM, the most that was."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def ready() -> int:
-    """Say so; what is resident now. The most that was is forgotten."""
+    """Say that the model is loaded, and start a new count of VmHWM. Returns the bytes that are resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     say(ready=1)
     return memory("VmRSS")
@@ -51,16 +52,15 @@ def kit(folder: Path, batch: dict, tokens: int) -> None:
 
     policy, config = load_policy(batch["model"], train=False), settings(batch["model"])
     trajectories, optimizer = read_trajectories(batch), make_optimizer(policy, config)
+    micro = MicroBatches(tokens)
     loaded = ready()
     for count, _ in enumerate(sys.stdin):
         began = time.process_time()
-        update(policy, optimizer, trajectories, config, tokens)
+        update(policy, optimizer, trajectories, config.learning, micro)
         say(seconds=time.process_time() - began)
         if not count:
-            gradients(policy, optimizer, trajectories, config, tokens)
             keep_gradient(policy.lm, folder / "kit.safetensors")
-    groups = micro_batches(trajectories, tokens)
-    lengths = [[len(t.prompt) + len(t.completion) for t in group] for group in groups]
+    lengths = [[t.length for t in group] for group in micro.cut(trajectories)]
     padded = sum(len(group) * max(group) for group in lengths)
     say(took=memory("VmHWM") - loaded, peak=memory("VmHWM"), padding=1 - sum(map(sum, lengths)) / padded)
 
@@ -86,15 +86,15 @@ def trl(folder: Path, batch: dict, rows: int) -> None:
 
         def _generate_and_score_completions(self, inputs):
             ids, attention = left_pad(prompts, 0)
-            turned, kept = left_pad([row[::-1] for row in completions], 0)
+            reversed_ids, mask = left_pad([row[::-1] for row in completions], 0)
             return {
                 "prompt_ids": ids,
                 "prompt_mask": attention,
-                "completion_ids": turned.flip(1),  # padded on the right
-                "completion_mask": kept.flip(1),
+                "completion_ids": reversed_ids.flip(1),  # padded on the right
+                "completion_mask": mask.flip(1),
                 "advantages": torch.tensor(batch["advantages"]),
                 "old_per_token_logps": right_pad(batch["logprobs"]),
-                "num_items_in_batch": kept.sum(),
+                "num_items_in_batch": mask.sum(),
             }
 
     class InTurn(TrainerCallback):

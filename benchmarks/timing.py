@@ -5,19 +5,19 @@ from collections.abc import Callable
 from statistics import median
 from typing import TypeVar
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def timed(
-    work: Callable[[], Found], repeats: int, warm_up: int = 0, clock: Callable[[], float] = time.process_time
-) -> tuple[float, Found]:
-    """The median time of some calls in seconds, of the process's own on the CPU by default, and what the last made."""
+    work: Callable[[], Result], repeats: int, warm_up: int = 0, clock: Callable[[], float] = time.process_time
+) -> tuple[float, Result]:
+    """The median time of `repeats` calls in seconds, by default the process's own on the CPU; and the last result."""
     times = []
     for _ in range(warm_up + repeats):
         began = clock()
-        found = work()
+        result = work()
         times.append(clock() - began)
-    return median(times[warm_up:]), found
+    return median(times[warm_up:]), result
 
 
 def in_turn(measures: list[Callable[[], float]], repeats: int) -> list[float]:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.training --out runs/training.json
 
-Two models: the embedded policy with 256 of its own completions, and a thin one with Qwen2.5's vocabulary of 151,936
-tokens with random ones. Each side lives in a process of its own (benchmarks/steps.py), which steps when it is its turn;
-its memory is what it took beyond the loaded model: gradients, optimiser, activations. TRL gets the fastest of several
-micro-batches, no gradient checkpointing, fp32 as here; neither side has a KL term.
+Two models: the embedded policy with 256 of its own completions; and a thin one that has Qwen2.5's vocabulary of 151,936
+tokens, with random completions. Each side is a process of its own (benchmarks/steps.py), which steps in its turn. Its
+memory is what it takes beyond the loaded model: gradients, optimiser, activations. TRL gets the fastest of several
+micro-batches, no gradient checkpointing, and fp32 as here. Neither side has a KL term.
 """
 
 import json
@@ -21,19 +21,16 @@ from statistics import median
 import torch
 from safetensors.torch import load_file
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.random_qwen import Shape, make_checkpoint
-from config import check, check_choices
-from runtime.files import check_writable
-from config import Config
+from benchmarks.steps import UNCLIPPED
+from config import TINY, Config, check, check_choices, preset_for
 from countdown import Problem, Reward, make_problems
 from distill import group_advantages
-from config import TINY
+from runtime import cli, files, provenance
+from runtime.files import check_writable
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
-from sampling import Trajectory, complete
+from sampling import SamplingParams, Trajectory, complete
 
 SIBLINGS = 16
 WIDE = dict(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, context=1024, dtype="float32")
@@ -46,7 +43,7 @@ class Bench:
 
     models: tuple[str, ...] = MODELS
     kit: tuple[int, ...] = (1024, 4096)  # tokens in the kit's micro-batch
-    trl: tuple[int, ...] = (16, 64)  # sequences in TRL's: the fastest is what the kit is held against
+    trl: tuple[int, ...] = (16, 64)  # sequences in TRL's; the kit is compared with the fastest
     wide_rows: int = 16  # trajectories of the model with the large vocabulary
     repeats: int = 3
     threads: int = 1
@@ -60,15 +57,18 @@ class Bench:
 
 
 def settings(model: str) -> Config:
-    """What the kit is asked for: TRL's loss."""
-    return Config(model=model, search="cispo", normalize="token", kl_coefficient=0.0, clip_gradient=1e9)
+    """The kit's settings with TRL's loss; weights do not move."""
+    return preset_for("tiny", "cispo").change(
+        model=model, normalize="token", kl_coefficient=0.0, clip_gradient=UNCLIPPED, learning_rate=0.0, failures=True
+    )
 
 
 def tiny_batch() -> dict:
     """Completions of the embedded policy, 16 of each of 16 problems, with the group's advantages."""
     policy = load_policy(TINY, train=False)
     problems = make_problems(16, "train")
-    rows, _ = complete(policy, TorchSampler(policy), problems, SIBLINGS, list(range(16)), 64, 1.0, "bench")
+    params = SamplingParams(SIBLINGS, max_tokens=64)
+    rows, _ = complete(policy, TorchSampler(policy), problems, list(range(16)), params, policy.grade)
     advantages = [float(a) for row in rows for a in group_advantages([t.reward.value for t in row])]
     return pack(TINY, [t for row in rows for t in row], advantages)
 
@@ -85,13 +85,14 @@ def wide_batch(folder: Path, count: int) -> dict:
     trajectories = []
     for prompt, completion in pairs:
         with torch.no_grad():
-            logprobs = policy.logprobs_and_values(policy.batch([prompt], [completion]))[0][0].tolist()
+            states = policy.states(policy.batch([prompt], [completion]))
+            logprobs = policy.logprobs(*states, 1.0)[0][0].tolist()
         trajectories.append(trajectory(prompt, completion, logprobs))
     return pack(model, trajectories, [rng.gauss(0, 1) for _ in pairs])
 
 
 def trajectory(prompt: list[int], completion: list[int], logprobs: list[float]) -> Trajectory:
-    return Trajectory(Problem((1, 2), 3), prompt, completion, logprobs, Reward(0.0, False, False, ""), 0, "bench")
+    return Trajectory(Problem((1, 2), 3), prompt, completion, logprobs, Reward(0.0, False, False, ""))
 
 
 def pack(model: Path, trajectories: list[Trajectory], advantages: list[float]) -> dict:
@@ -107,10 +108,12 @@ def pack(model: Path, trajectories: list[Trajectory], advantages: list[float]) -
 
 def read_trajectories(batch: dict) -> list[Trajectory]:
     """What `pack` wrote, for the kit's trainer."""
-    found = [trajectory(*row) for row in zip(batch["prompts"], batch["completions"], batch["logprobs"])]
-    for one, advantage in zip(found, batch["advantages"], strict=True):
-        one.advantages = [advantage] * len(one.completion)
-    return found
+    rows = zip(batch["prompts"], batch["completions"], batch["logprobs"], batch["advantages"], strict=True)
+    trajectories = []
+    for prompt, completion, logprobs, advantage in rows:
+        trajectories.append(trajectory(prompt, completion, logprobs))
+        trajectories[-1].advantages = [advantage] * len(completion)
+    return trajectories
 
 
 class Side:
@@ -120,10 +123,10 @@ class Side:
         command = [sys.executable, "-m", "benchmarks.steps", *args]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
-        self.hear("ready")
+        self.read("ready")
 
-    def hear(self, key: str) -> dict:
-        """The next answer with this key; what libraries print is passed over."""
+    def read(self, key: str) -> dict:
+        """The next answer with this key; what libraries print is skipped."""
         for line in self.process.stdout:
             if line.startswith("{") and key in (answer := json.loads(line)):
                 return answer
@@ -132,14 +135,14 @@ class Side:
     def step(self) -> None:
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        self.seconds.append(self.hear("seconds")["seconds"])
+        self.seconds.append(self.read("seconds")["seconds"])
 
     def end(self) -> dict:
         """The median step, the first left out, and the memory it took."""
         self.process.stdin.close()
-        found = {"seconds": median(self.seconds[1:])} | self.hear("took")
+        measured = {"seconds": median(self.seconds[1:])} | self.read("took")
         self.process.wait()
-        return found
+        return measured
 
 
 def measure(model: str, bench: Bench, folder: Path) -> dict:
@@ -147,16 +150,16 @@ def measure(model: str, bench: Bench, folder: Path) -> dict:
     batch = tiny_batch() if model == "tiny" else wide_batch(folder, bench.wide_rows)
     (folder / "batch.json").write_text(json.dumps(batch | {"threads": bench.threads}))
     count = len(batch["prompts"])
-    wanted = [f"kit {size}" for size in bench.kit]
+    names = [f"kit {size}" for size in bench.kit]
     if find_spec("trl"):
-        wanted += [f"trl {size}" for size in bench.trl if size <= count]
-    sides = {name: Side(name.split()[0], str(folder), name.split()[1]) for name in wanted}
+        names += [f"trl {size}" for size in bench.trl if size <= count]
+    sides = {name: Side(name.split()[0], str(folder), name.split()[1]) for name in names}
     for _ in range(bench.repeats + 1):
         for side in sides.values():
             side.step()
-    found = {name: side.end() for name, side in sides.items()}
+    measured = {name: side.end() for name, side in sides.items()}
     tokens = sum(map(len, batch["prompts"] + batch["completions"]))
-    row = {"model": model, "trajectories": count, "tokens": tokens, "sides": found}
+    row = {"model": model, "trajectories": count, "tokens": tokens, "sides": measured}
     if find_spec("trl"):
         ours, peer = load_file(folder / "kit.safetensors"), load_file(folder / "trl.safetensors")
         row["gradient_error"] = compare(ours, peer)
@@ -189,7 +192,7 @@ def show(row: dict) -> None:
 def main() -> None:
     bench, rows = cli.read_config(Bench), []
     if not find_spec("trl"):
-        print("TRL is not installed (pip install -r requirements-bench.txt): skipped")
+        print("TRL is not installed (pip install -r requirements-dev.txt): skipped")
     print("| model | side, micro-batch | seconds | MiB taken | padding | time over TRL's | memory |\n|" + "---|" * 7)
     for model in bench.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Ways to sample faster that were tried: bf16 weights, torch.compile, two products in place of SDPA, a forward pass of
+"""Faster ways to sample that were tried: bf16 weights, torch.compile, two products in place of SDPA, a forward pass of
 plain calls in place of transformers' layers.
 
     python -m benchmarks.trials --rows 512 --out runs/trials.json
 
-Each is sampled in turn with the same seeds; beside its tokens a CPU second (one thread) stand the share of samples that
-are plain fp32's to the last token, and how far its log-probabilities are from those that the fp32 trainer gives.
+Each samples in turn with the same seeds. The table has its tokens a CPU second (one thread), the share of its samples
+that equal those of plain fp32 to the last token, and the distance of its log-probabilities from the fp32 trainer's.
 """
 
 import json
@@ -20,19 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from runtime import cli
-from runtime import files
-from runtime import provenance
 from benchmarks.speed import LENGTH, SIBLINGS
-from runtime.cache import Rows
-from config import check, check_choices
-from runtime.files import check_writable
+from config import TINY, check, check_choices
 from countdown import make_problems
-from config import TINY
-from runtime.loading import load_policy
 from policy import Policy
+from runtime import cli, files, provenance
+from runtime.cache import KVCache
+from runtime.files import check_writable
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
-from sampling import Sample
+from sampling import Sample, SamplingParams
 
 
 def two_products(module, query, key, value, attention_mask, scaling, **options):
@@ -62,7 +59,7 @@ def with_plain_calls() -> Policy:
     def norm(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, (x.shape[-1],), layer.weight, layer.variance_epsilon)
 
-    def hidden(ids: torch.Tensor, attention: torch.Tensor, past_key_values: Rows, use_cache: bool):
+    def hidden(ids: torch.Tensor, attention: torch.Tensor, past_key_values: KVCache, use_cache: bool):
         if ids.shape[1] > 1:
             return layered(ids, attention, past_key_values=past_key_values, use_cache=use_cache)
         positions, mask = attention.sum(-1, keepdim=True) - 1, attention[:, None, None].bool()  # [r, 1], [r, 1, 1, L]
@@ -70,14 +67,14 @@ def with_plain_calls() -> Policy:
         cos, sin = (part[:, None] for part in model.rotary_emb(x, positions))  # [r, 1, 1, dim]
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        for layer, kept in zip(model.layers, past_key_values.layers, strict=True):
+        for layer, cache in zip(model.layers, past_key_values.layers, strict=True):
             own, h, mlp = layer.self_attn, norm(layer.input_layernorm, x), layer.mlp
             query, key, value = (
                 project(h).view(len(h), 1, -1, own.head_dim).transpose(1, 2)
                 for project in (own.q_proj, own.k_proj, own.v_proj)
             )  # [r, heads, 1, dim] each
             query, key = (part * cos + part.roll(half, -1) * sin for part in (query, key))
-            keys, values = kept.update(key, value)
+            keys, values = cache.update(key, value)
             attended = scaled_dot_product_attention(query, keys, values, mask, scale=own.scaling)
             x = x + own.o_proj(attended.transpose(1, 2).flatten(2))
             h = norm(layer.post_attention_layernorm, x)
@@ -110,7 +107,7 @@ TRIALS = {
 class Bench:
     """Time ways to sample beside plain fp32."""
 
-    trials: tuple[str, ...] = tuple(TRIALS)  # the first is what the others are held against
+    trials: tuple[str, ...] = tuple(TRIALS)  # the others are compared with the first
     rows: int = 512
     repeats: int = 3
     out: Path = Path("runs/trials.json")
@@ -128,7 +125,7 @@ def disagreement(trainer: Policy, prompts: list[list[int]], rows: list[list[Samp
     for prompt, samples in zip(prompts, rows, strict=True):
         batch = trainer.batch([prompt] * len(samples), [s.tokens for s in samples])
         with torch.no_grad():
-            logprobs = trainer.logprobs_and_values(batch)[0]  # [B, T]
+            logprobs = trainer.logprobs(*trainer.states(batch), 1.0)[0]  # [B, T]
         for row, sample in zip(logprobs, samples, strict=True):
             distance += (row[-len(sample.tokens) :] - torch.tensor(sample.logprobs)).abs().sum().item()
             tokens += len(sample.tokens)
@@ -141,24 +138,27 @@ def main() -> None:
     trainer = load_policy(TINY, train=False)
     prompts = [trainer.encode(problem) for problem in make_problems(bench.rows // SIBLINGS, "train")]
     samplers = {name: TorchSampler(TRIALS[name](), bench.rows) for name in bench.trials}
+    params, seeds = SamplingParams(SIBLINGS, LENGTH), list(range(len(prompts)))
     rates, drawn = {name: [] for name in samplers}, {}
     for _ in range(bench.repeats + 1):
         for name, sampler in samplers.items():
             began = time.process_time()
-            drawn[name], usage = sampler.sample(prompts, SIBLINGS, list(range(len(prompts))), LENGTH)
+            drawn[name], usage = sampler.sample(prompts, seeds, params)
             rates[name].append(usage.generated / (time.process_time() - began))
-    found, first = [], bench.trials[0]
+    table, first = [], bench.trials[0]
     print("| sampler | tokens/s | ratio | same samples | disagreement, nats a token |\n|" + "---|" * 5)
     for name in samplers:
         rate = median(rates[name][1:])  # the first one compiles
         pairs = [(a.tokens, b.tokens) for x, y in zip(drawn[first], drawn[name]) for a, b in zip(x, y)]
         row = {"trial": name, "rate": rate, "same": sum(a == b for a, b in pairs) / len(pairs)}
         row |= {"ratio": rate / median(rates[first][1:]), "disagreement": disagreement(trainer, prompts, drawn[name])}
-        found.append(row)
+        table.append(row)
         print(
             f"| {name} | {rate:,.0f} | {row['ratio']:.2f} | {row['same']:.0%} | {row['disagreement']:.1e} |", flush=True
         )
-    files.write(bench.out, json.dumps(asdict(bench) | {"trials": found} | provenance.provenance(), indent=1, default=str))
+    files.write(
+        bench.out, json.dumps(asdict(bench) | {"trials": table} | provenance.provenance(), indent=1, default=str)
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""vLLM's share of benchmarks/speed.py, run by the Python of an environment that has it (`make test-vllm` makes one).
+"""vLLM's part of benchmarks/speed.py, run by the Python of an environment that has vLLM (`make test-vllm` makes one).
 
     .venv-vllm/bin/python -m benchmarks.vllm_cpu 64 512     # a line of JSON: tokens a CPU second for each size
 
-Prompts go in as token ids and completions stay so, without log-probabilities; all of a size are submitted at once.
+Prompts and completions are token ids, without log-probabilities. All prompts of a size are submitted at once.
 """
 
 import json
@@ -11,8 +11,8 @@ import sys
 import time
 
 from benchmarks.speed import LENGTH, SIBLINGS
-from countdown import make_problems
 from config import TINY
+from countdown import make_problems
 from runtime.loading import load_policy
 
 REPEATS = 3
@@ -29,7 +29,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
-    policy, found = load_policy(TINY, train=False), {}
+    policy, rates_of = load_policy(TINY, train=False), {}
     llm = LLM(
         str(TINY), skip_tokenizer_init=True, dtype="float32", generation_config="vllm", enforce_eager=True,
         max_num_seqs=max(map(int, sys.argv[1:])), enable_prefix_caching=True,
@@ -38,14 +38,14 @@ def main() -> None:
         problems, rates = make_problems(rows // SIBLINGS, "train"), []
         prompts = [{"prompt_token_ids": policy.encode(problem)} for problem in problems]
         stops = sorted(policy.stop_ids)
-        wanted = SamplingParams(n=SIBLINGS, max_tokens=LENGTH, stop_token_ids=stops, detokenize=False)
+        params = SamplingParams(n=SIBLINGS, max_tokens=LENGTH, stop_token_ids=stops, detokenize=False)
         for _ in range(REPEATS + 1):
             began = time.process_time()
-            outputs = llm.generate(prompts, wanted, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
             rates.append(tokens / (time.process_time() - began))
-        found[rows] = rates[1:]  # the first one compiles
-    print(json.dumps(found))
+        rates_of[rows] = rates[1:]  # the first one compiles
+    print(json.dumps(rates_of))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A searched tree to look at: one HTML page that needs nothing else.
+"""A searched tree as one interactive HTML page that needs nothing else.
 
-    python ppo.py --search mcts --dump-trees 4                          # RUN/trees/000000.json …, 4 trees of each step
-    python -m experiments.plots tree RUN/trees/000000.json              # RUN/trees/000000.html
+    python ppo.py --search mcts --dump-trees 4                  # RUN/trees/000000.json …, 4 trees of each step
+    python -m experiments.plots tree RUN/trees/000000.json      # RUN/trees/000000.html
 
-The page shows each step's text, visits, Q, prior, critic, reward and whether the target is still in reach (the exact
-solver); the best path is marked. The text is a model's, so it reaches the page as data, never as markup.
+The page shows each step's text, visits, Q, prior, value, reward and whether the target is still in reach (by the exact
+solver), and marks the best path. A model has written the text, so it reaches the page as data, never as markup.
 """
 
 import json
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "assets" / "explorer.html"
 
 
 def read(file: Path) -> list[dict]:
-    """Trees that `dump` wrote; ValueError for another file."""
+    """The trees that `runtime.trees.dump` wrote. ValueError for another file."""
     try:
         trees = json.loads(file.read_text())
         if not trees or not all("root" in tree and "problem" in tree for tree in trees):
@@ -25,6 +25,6 @@ def read(file: Path) -> list[dict]:
 
 
 def render(trees: list[dict]) -> str:
-    """The HTML page of some trees from `tree_to_dict`."""
-    data = json.dumps(trees).replace("<", "\\u003c")  # no text ends the script element
+    """The HTML page of trees, each as `runtime.trees.tree_to_dict` makes it."""
+    data = json.dumps(trees).replace("<", "\\u003c")  # so that no text ends the script element
     return PAGE.read_text().replace("__TREES__", data)

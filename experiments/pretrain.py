@@ -1,13 +1,15 @@
 """The embedded policy: a Qwen2 of 1.7 million parameters, trained from nothing on generated Countdown games.
 
-It is the laptop's stand-in for an instruct model: it plays legal steps with right arithmetic in the asked format
-and rarely reaches the target. Its games are random plays *conditioned on their result*: each move is drawn from the
-exact posterior P(move | the play ends at the target). Only multisets of the training split are played, so
-the policy has never seen a validation or test problem. `--on-target` is the share of games that state their own
-result as the target, the knob for how much the policy knows before any search. The rest state another: without
-them the policy learns that the last result *is* the target, and miscalculates to get there (measured: LOG.md).
+    python -m experiments.pretrain --out assets/tiny      # from nothing; after an interruption the same command goes on
 
-    python pretrain.py --out assets/tiny               # from nothing; interrupted, the same command goes on
+The policy takes the place of an instruct model on a laptop. It plays legal steps with right arithmetic in the asked
+format, and rarely reaches the target.
+
+A game is a random play *conditioned on its result*: each move is drawn from the exact posterior P(move | the play ends
+at the result). Games use multisets of the training split alone, so the policy has never seen a validation or test
+problem. `--on-target` is the share of games that state their own result as the target; it decides how much the policy
+knows before any search. The other games state another target. Without them the policy learns that the last result *is*
+the target, and miscalculates to get there (measured: docs/LOG.md).
 """
 
 import json
@@ -23,19 +25,18 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from runtime import cli
 from config import check
-from runtime.cli import differing
-from runtime.files import check_writable
 from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
 from policy import read_tensors
+from runtime import cli
+from runtime.files import check_writable
 
 MAX_LENGTH = 512  # tokens that the policy has positions for
-LARGEST = 255  # integers up to here are one token; a longer one goes on with a token a digit: 468 is 46 ##8
+LARGEST = 255  # up to here an integer is one token; a larger one goes on with a token a digit: 468 is 46 ##8
 TAGS = ["<step>", "</step>", "<answer>", "</answer>"]
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unknown|>"}
 ROLES = ["<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (  # a system message is left out: this policy was born knowing the rules
+CHAT_TEMPLATE = (  # without a system message: the games have taught the rules
     "{% for m in messages %}{% if m.role == 'user' %}<|user|> {{ m.content }} "
     "{% elif m.role == 'assistant' %}<|assistant|> {{ m.content }} <|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -63,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def posterior(state: tuple[int, ...], result: int) -> tuple[list[tuple], list[float]]:
-    """The moves from `state` and, for each, the (unnormalised) probability that random play then ends at `result`."""
+    """The moves from `state`, and for each the (unnormalised) probability that random play then ends at `result`."""
     moves = list(legal_moves(state))
     weights = [play_distribution(left).get(result, 0.0) for *_, left in moves]
     return moves, weights
@@ -88,7 +89,7 @@ def write_game(numbers: tuple[int, ...], result: int, rng: random.Random) -> str
 
 
 def games(config: "PretrainConfig", step: int) -> list[tuple[Problem, str]]:
-    """The batch of games of one step, a function of seed and step alone, so that a resumed run sees the same."""
+    """The games of one step. They depend on seed and step alone, so a resumed run sees the same ones."""
     rng = random.Random(f"{config.seed} {step}")
     batch = []
     while len(batch) < config.batch:
@@ -106,8 +107,8 @@ def games(config: "PretrainConfig", step: int) -> list[tuple[Problem, str]]:
 def encode_games(batch: list[tuple[Problem, str]], tokenizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, T = width], padded on the right, and labels [B, T], -100 on the prompt and the padding.
 
-    One width for all steps keeps the compiled shapes static; the few longer games (1 %) are left out. ValueError if
-    that is all of them.
+    One width for all steps keeps the compiled shapes static. Longer games (1 %) are left out. ValueError if all games
+    are longer.
     """
     eos = tokenizer.eos_token
     prompts = [tokenizer.apply_chat_template(prompt(p), tokenize=False, add_generation_prompt=True) for p, _ in batch]
@@ -139,7 +140,7 @@ class PretrainConfig:
     warmup: int = 200  # steps
     on_target: float = 0.45  # share of games that state their own result as the target
     early_on_target: float = 0.3  # the same in the first 30 % of the steps: arithmetic first
-    rarity: float = 0.5  # results are drawn by P(result)^rarity: 1 is random play, 0 uniform over what is reachable
+    rarity: float = 0.5  # results are drawn by P(result)^rarity: 1 is random play, 0 uniform over the results in reach
     largest_result: int = 999
     size: int = 4
     highest: int = 13
@@ -183,35 +184,43 @@ def build_model(config: PretrainConfig, vocabulary: int) -> Qwen2ForCausalLM:
     )
 
 
-def pretrain(config: PretrainConfig) -> None:
-    torch.manual_seed(config.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(config, len(tokenizer))
+def make_optimizers(model: Qwen2ForCausalLM, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the layers, AdamW on the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
+    return [
         torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=config.adam_learning_rate, weight_decay=0.0),
     ]
-    peaks = [config.learning_rate, config.adam_learning_rate]
-    forward = torch.compile(model, dynamic=False) if config.compile else model
 
+
+def restore(checkpoint: Path, settings: dict, model: Qwen2ForCausalLM, optimizers: list) -> tuple[int, float]:
+    """Load a checkpoint; returns the steps and the seconds so far. ValueError for one with other settings."""
+    saved = read_tensors(checkpoint)
+    try:
+        differences = cli.differing(saved["settings"], settings)
+        if not differences:
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            print(f"going on from step {saved['step']} of {checkpoint}")
+            return saved["step"], saved["seconds"]
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{checkpoint} is of another model: pass its settings, or move it away") from None
+    raise ValueError(f"{checkpoint} has other settings ({'; '.join(differences)}): pass them, or move it away")
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train the policy, from the last checkpoint in `config.out` if there is one, and save it there."""
+    torch.manual_seed(config.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(config, len(tokenizer))
+    optimizers, peaks = make_optimizers(model, config), (config.learning_rate, config.adam_learning_rate)
+    forward = torch.compile(model, dynamic=False) if config.compile else model
     checkpoint, start, seconds = config.out / "pretrain.pt", 0, 0.0
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "compile", "save_every")}
     if checkpoint.exists():
-        saved = read_tensors(checkpoint)
-        try:
-            differ = differing(saved["settings"], settings)
-            if not differ:
-                model.load_state_dict(saved["model"])
-                for optimizer, state in zip(optimizers, saved["optimizers"]):
-                    optimizer.load_state_dict(state)
-                start, seconds = saved["step"], saved["seconds"]
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{checkpoint} is of another model: pass its settings, or move it away") from None
-        if differ:
-            raise ValueError(f"{checkpoint} has other settings ({'; '.join(differ)}): pass them, or move it away")
-        print(f"going on from step {start} of {checkpoint}")
+        start, seconds = restore(checkpoint, settings, model, optimizers)
 
     began = time.time() - seconds
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step", mininterval=10)

@@ -1,4 +1,7 @@
-"""What runs have scored: read, pooled over seeds, held against the search, as Markdown tables (`python plots.py`)."""
+"""Scores of runs and evaluations: read, pooled over seeds, compared with the search, printed as Markdown tables.
+
+`python -m experiments.plots table …` prints them.
+"""
 
 import math
 import re
@@ -9,93 +12,151 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import run_folder
-from runtime.cli import differing
+from config import preset_for
+from runtime.cli import differing, result_settings
 from runtime.files import read_json
-from config import METHODS, PRESETS, preset_for
-from runtime.cli import result_settings
+from runtime.run_folder import ending, read_metrics, read_settings
 from runtime.scores import DRAWS, interval, resampled
 
-RUN = tuple[dict, list[dict]]  # settings, rows of metrics
+Logs = tuple[dict, list[dict]]  # what a run has written: config.json and its rows of metrics
+Lead = tuple[float, float, float]  # a difference, and its 95 % interval
+
+# ------------------------------------------------------------------------------------------------ runs
 
 
-def load(folder: Path) -> RUN:
-    """A run's configuration and its rows of metrics. ValueError for a config.json that no run has written."""
-    config = run_folder.read_settings(folder)
+def load(folder: Path) -> Logs:
+    """A run's configuration and rows of metrics. ValueError for a config.json without the settings of a run."""
+    config = read_settings(folder)
     try:
-        told = result_settings(config)
-        hash(tuple(told.values()))  # runs are told apart by them
-        known = "seed" in config and told["search"] in METHODS and told["preset"] in PRESETS
-    except TypeError:  # a value of another kind
-        known = False
-    if not known:
+        settings = result_settings(config)
+        complete = preset_settings(settings).keys() <= settings.keys()
+        hash(tuple(settings.values()))  # runs are grouped by them
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
         raise ValueError(f"{folder}/config.json is damaged: it does not hold the settings of a run")
-    return config, run_folder.read_metrics(folder)
+    return config, read_metrics(folder)
 
 
-def named(key: str, value: object) -> str:
-    """A setting in a row's name."""
-    return f"{key} {value}" if not isinstance(value, bool) else key if value else f"no {key}"
+def preset_settings(settings: dict) -> dict:
+    """The settings of the preset and method that are named in a run's settings."""
+    return result_settings(asdict(preset_for(settings["preset"], settings["method"])))
 
 
-def by_method(folders: list[Path]) -> dict[str, list[RUN]]:
-    """Runs that differ in nothing but their seed together, under their method's name. Where the runs of some method
-    differ in more, such settings, if other than in their preset, are part of every name. ValueError for a seed that is
-    there twice."""
-    found, values = defaultdict(list), defaultdict(set)
-    loaded = [(result_settings(config), config, rows) for config, rows in map(load, folders)]
-    for told, _, _ in loaded:
-        for key, value in told.items():
-            values[told["search"], key].add(value)
-    varied = {key for (_, key), some in values.items() if len(some) > 1}
-    for told, config, rows in loaded:
-        usual = result_settings(asdict(preset_for(told["preset"], told["search"])))
-        other = [
-            named(key.split(".")[-1], told[key])
-            for key in usual
-            if key in varied - {"seed"} and (key == "preset" or told[key] != usual[key])
-            if key != "tree.min_p" or told["tree.distinct"]  # of distinct steps alone
+def setting_name(key: str, value: object) -> str:
+    """A setting in the name of a row: "children 2", "failures", "no cutoff"."""
+    if value is None or value is False:
+        return f"no {key}"
+    return key if value is True else f"{key} {value}"
+
+
+def by_method(folders: list[Path]) -> dict[str, list[Logs]]:
+    """Runs grouped: those that differ in their seed alone are one group, under their method's name.
+
+    Where the runs of a method differ in another setting, the names of all groups tell that setting, unless it has the
+    value of their preset. ValueError for a seed that a group has twice.
+    """
+    runs = [(result_settings(config), (config, rows)) for config, rows in map(load, folders)]
+    values = defaultdict(set)
+    for settings, _ in runs:
+        for key, value in settings.items():
+            values[settings["method"], key].add(value)
+    varied = {key for (_, key), different in values.items() if len(different) > 1} - {"seed"}
+    groups = defaultdict(list)
+    for settings, logs in runs:
+        changed = [
+            setting_name(key, settings[key])
+            for key, usual in preset_settings(settings).items()
+            if key in varied and (key == "preset" or settings[key] != usual)
         ]
-        found[", ".join([told["search"], *other]).replace("_", " ")].append((config, rows))
-    for name, some in found.items():
-        if len({config["seed"] for config, _ in some}) < len(some):
+        groups[", ".join([settings["method"], *changed]).replace("_", " ")].append(logs)
+    for name, group in groups.items():
+        if len({config["seed"] for config, _ in group}) < len(group):
             raise ValueError(f"two runs of {name} have the same seed: pass each run once")
-    return {name: found[name] for name in sorted(found, key=lambda name: (name.count(","), name))}
+    return {name: groups[name] for name in sorted(groups, key=lambda name: (name.count(","), name))}
 
 
-def require_test(found: dict[str, list[RUN]], key: str = "test_mean_at_k") -> dict[str, list[RUN]]:
-    """ValueError if a run has no test after training, or no `key` in it."""
-    for name, some in found.items():
-        for config, rows in some:
-            if run_folder.ending(rows) != "finished" or key not in rows[-1]:
+def require_test(groups: dict[str, list[Logs]], key: str = "test_mean_at_k") -> dict[str, list[Logs]]:
+    """The groups. ValueError for a run that has no test after training, or no `key` in it."""
+    for name, group in groups.items():
+        for config, rows in group:
+            if ending(rows) != "finished" or key not in rows[-1]:
                 raise ValueError(
                     f"{name}, seed {config['seed']}, has no {key} after training: leave it out or --resume it"
                 )
-    return found
+    return groups
+
+
+def tested(folders: list[Path]) -> tuple[dict[str, list[Logs]], dict[str, str]]:
+    """The groups of `by_method` without collapsed runs, and for each group the number of its seeds as text. Runs count
+    as collapsed if they were stopped for that."""
+    groups, seeds = {}, {}
+    for name, group in by_method(folders).items():
+        groups[name] = [logs for logs in group if ending(logs[1]) != "stopped"]
+        counts = (len(groups[name]), ""), (len(group) - len(groups[name]), " collapsed")
+        seeds[name] = ", ".join(f"{count}{text}" for count, text in counts if count)
+    return require_test(groups, "test_right"), seeds
 
 
 def along(rows: list[dict], x: str) -> list[float]:
-    """How far a run was at each row. CPU seconds are a step's own (0 throughout where they were not recorded)."""
+    """How far a run was at each row, in tokens, seconds or CPU seconds. Rows hold the CPU seconds of their step alone
+    (0 throughout where they were not recorded)."""
     if x == "cpu_seconds":
         return list(accumulate(row.get(x, 0) for row in rows))
     return [row[x] for row in rows]
 
 
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
 def read_scores(file: Path) -> dict:
-    """What `evaluate.py --out` has written, an earlier version's too. ValueError for another file."""
-    found = {"skip": 0} | read_json(file)
-    if not (found.get("scores") and {"model", "search", "children"} <= found.keys()):
+    """What `evaluate.py --out` has written. ValueError for another file."""
+    result = read_json(file)
+    is_tree = isinstance(result.get("tree"), dict)
+    if not (result.get("scores") and {"model", "method"} <= result.keys() and is_tree == (result["method"] == "mcts")):
         raise ValueError(f"{file} holds no scores: pass what evaluate.py wrote to its --out")
-    return found
+    return result
 
 
-def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> tuple[float, float, float]:
-    """The mean of `scores` [seeds, problems], less that of a rival's on the same problems, and its 95 % interval.
+def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
+    """The shares of samples that are right, [seeds, problems], from the files NAME-seedN.json of evaluate.py, by NAME,
+    and the settings of the evaluations. ValueError if they differ in these."""
+    scores, shared = defaultdict(list), {}
+    for file in files:
+        result = read_scores(file)
+        keys = "method", "samples", "temperature", "max_tokens", "size", "problems", "skip", "data"
+        settings = {key: result.get(key) for key in keys}
+        if settings["method"] != "none":
+            raise ValueError(f"{file} holds scores of a search, not of a policy alone")
+        if differences := differing(shared := shared or settings, settings):
+            raise ValueError(f"{file} can't share a table with {files[0]}: {'; '.join(differences)}")
+        score = result["scores"][0]
+        scores[without_seed(file.stem)].append(np.array(score["right"]) / score["samples"])
+    return {name: np.array(shares) for name, shares in scores.items()}, shared
 
-    Problems are drawn with replacement, the same ones for all seeds (bootstrap). Five seeds are too few for that: their
-    mean is off by s / sqrt(seeds) times a draw from Student's t, with the degrees of freedom that s has. A row and its
-    rival are taken to have the same s, so that a row of one seed has its rival's; alone it has none. The noise of the
-    samples is in both parts, so the interval is a little too wide.
+
+def without_seed(name: str) -> str:
+    """The name that the seeds of a policy share: mcts of mcts-seed1."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def scores_of(group: list[Logs]) -> np.ndarray:
+    """The share of samples that are right on each test problem, after training. [seeds, problems]"""
+    tests = [rows[-1] for _, rows in group]
+    return np.array([row["test_right"] for row in tests]) / tests[0]["test_samples"]
+
+
+def pooled(scores: np.ndarray, rival: np.ndarray | None = None) -> Lead:
+    """The mean of `scores` [seeds, problems] and its 95 % interval; with `rival`, scores on the same problems, that of
+    the difference.
+
+    The interval has two parts. Problems are drawn with replacement, the same ones for all seeds (bootstrap). Seeds are
+    too few for a bootstrap: the error of their mean is s / sqrt(seeds) times a draw from Student's t, with the degrees
+    of freedom of s. The scores and the rival share one s, so scores of one seed have the rival's; without a rival one
+    seed has no such part. The noise of the samples is in both parts, so the interval is a little too wide.
     """
     rng = np.random.default_rng(0)
     groups = [scores] if rival is None else [scores, -rival]
@@ -116,121 +177,118 @@ def pass_at(shares: np.ndarray, samples: int) -> np.ndarray:
     return (1 - missed).mean(1)
 
 
-def shown(share: float, low: float, high: float) -> str:
+def settings_of_test(group: list[Logs]) -> list:
+    """What the test problems of a group of runs depend on."""
+    settings = result_settings(group[0][0])
+    return [settings[key] for key in ("split", "size", "test_problems", "eval_temperature")]
+
+
+def matching_search(name: str, groups: dict[str, list[Logs]]) -> list[Logs] | None:
+    """The search that a group of runs is compared with; None if there is none that was tested on the same problems.
+
+    It is the search that has the changed settings of the group's name too; if there is none, the one that has the last
+    of them, as many as possible. A search is compared with one that has fewer of them.
+    """
+    method, *changed = name.split(", ")
+    names = (", ".join(["mcts", *changed[i:]]) for i in range(method == "mcts", len(changed) + 1))
+    search = next((groups[name] for name in names if groups.get(name)), None)
+    return search if search and settings_of_test(search) == settings_of_test(groups[name]) else None
+
+
+def lead(name: str, groups: dict[str, list[Logs]]) -> Lead | None:
+    """By how many points of test mean@k a group leads over its `matching_search`."""
+    if not (groups[name] and (search := matching_search(name, groups))):
+        return None
+    return in_points(pooled(scores_of(groups[name]), scores_of(search)))
+
+
+def in_points(difference: Lead) -> Lead:
+    """A difference of shares in percentage points."""
+    return tuple(100 * x for x in difference)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def share_text(share: float, low: float, high: float) -> str:
     """A share and its interval in a table."""
     return f"{share:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def shown_means(shares: np.ndarray) -> tuple[str, str]:
-    """mean@k and pass@k, in a table, of shares of samples that are right [seeds, problems]."""
-    return shown(*pooled(shares)), shown(*pooled((shares > 0) * 1.0))
+def mean_and_pass(shares: np.ndarray) -> tuple[str, str]:
+    """mean@k and pass@k in a table, from the shares of samples that are right [seeds, problems]."""
+    return share_text(*pooled(shares)), share_text(*pooled((shares > 0) * 1.0))
 
 
-def shown_lead(lead: tuple[float, float, float] | None) -> str:
-    """By how many points a row is ahead, in a table; a dash where it is held against nothing."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*lead) if lead else "–"
-
-
-def scores_of(found: list[RUN]) -> np.ndarray:
-    """The share of samples that are right, of finished runs on the test problems, [seeds, problems]."""
-    ends = [rows[-1] for _, rows in found]
-    return np.array([row["test_right"] for row in ends]) / ends[0]["test_samples"]
-
-
-def search_like(name: str, found: dict[str, list[RUN]]) -> list[RUN] | None:
-    """The runs of the search that a row is held against: with the same settings, or with as many of the last of them
-    as there are; for a search with fewer. None if there is none that was tested on the same problems."""
-    method, *changed = name.split(", ")
-    names = (", ".join(["mcts", *changed[i:]]) for i in range(method == "mcts", len(changed) + 1))
-    like = next((found[name] for name in names if found.get(name)), None)
-    return like if like and tested_on(like) == tested_on(found[name]) else None
-
-
-def ahead(name: str, found: dict[str, list[RUN]]) -> tuple[float, float, float] | None:
-    """By how many points of test mean@k a row is ahead of `search_like` it, and the 95 % interval."""
-    if not (found[name] and (search := search_like(name, found))):
-        return None
-    return tuple(100 * x for x in pooled(scores_of(found[name]), scores_of(search)))
-
-
-def tested_on(some: list[RUN]) -> list:
-    """What the test problems of runs depend on."""
-    return [result_settings(some[0][0])[name] for name in ("split", "size", "test_problems", "eval_temperature")]
-
-
-def tested(folders: list[Path]) -> tuple[dict[str, list[RUN]], dict[str, str]]:
-    """`by_method` without the runs that were stopped because they had collapsed; and of each row how many seeds there
-    are and how many had collapsed."""
-    every = by_method(folders)
-    left = {name: [run for run in some if run_folder.ending(run[1]) != "stopped"] for name, some in every.items()}
-    counts = {name: (len(left[name]), len(some) - len(left[name])) for name, some in every.items()}
-    seeds = {
-        name: ", ".join(f"{n}{what}" for n, what in zip(pair, ("", " collapsed")) if n) for name, pair in counts.items()
-    }
-    return require_test(left, "test_right"), seeds
-
-
-def evaluated(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
-    """The shares of samples that are right, [seeds, problems], from files of evaluate.py NAME-seedN.json, and the
-    settings that they share. ValueError if they don't."""
-    found, shared = defaultdict(list), {}
-    for file in files:
-        one = read_scores(file)
-        told = {
-            key: one.get(key)
-            for key in ("search", "samples", "temperature", "max_tokens", "size", "problems", "skip", "data")
-        }
-        if told["search"] != "none":
-            raise ValueError(f"{file} holds scores of a search, not of a policy alone")
-        if differ := differing(shared := shared or told, told):
-            raise ValueError(f"{file} can't share a table with {files[0]}: {'; '.join(differ)}")
-        score = one["scores"][0]
-        found[re.sub(r"-seed\d+$", "", file.stem)].append(np.array(score["right"]) / score["samples"])
-    return {name: np.array(some) for name, some in found.items()}, shared
+def lead_text(difference: Lead | None) -> str:
+    """A lead in a table; a dash for none."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*difference) if difference else "–"
 
 
 def summary_table(folders: list[Path]) -> str:
-    """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, how far from
-    `search_like` it on the same problems, and cost. CPU time is of training alone, where it was recorded. Seeds that
-    were stopped because they had collapsed are counted and nothing more."""
-    found, seeds = tested(folders)
-    ks = {rows[-1]["test_samples"] for some in found.values() for _, rows in some}
+    """A Markdown table of finished runs, a row a method: test scores after training, pooled over seeds, the `lead` over
+    the search, and cost. CPU time is of training alone, where it was recorded. Collapsed seeds are only counted."""
+    groups, seeds = tested(folders)
+    ks = {rows[-1]["test_samples"] for group in groups.values() for _, rows in group}
     if len(ks) > 1:
         raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
     k = ks.pop() if ks else "k"
     lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | tokens | steps | CPU |"]
     lines.append("|" + "---|" * 9)
-    for name, some in found.items():
-        if not some:
+    for name, group in groups.items():
+        if not group:
             lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
-        shares = scores_of(some)
-        mean, passed = shown_means(shares)
-        less = shown_lead(ahead(name, found))
+        mean, passed = mean_and_pass(scores_of(group))
         tokens, steps, parsed = (
-            np.mean([rows[-1][key] for _, rows in some]) for key in ("generated", "step", "test_parsed")
+            np.mean([rows[-1][key] for _, rows in group]) for key in ("generated", "step", "test_parsed")
         )
-        times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in some]
+        times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in group]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
-            f"| {name} | {seeds[name]} | **{mean}** | {less} | {passed} | {parsed:.0%} "
+            f"| {name} | {seeds[name]} | **{mean}** | {lead_text(lead(name, groups))} | {passed} | {parsed:.0%} "
             f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
 
 
+def overview_table(folders: list[Path]) -> str:
+    """A Markdown table of finished runs, a row a method, the best first: test scores at the temperature of training,
+    and those of the study's stage `cold`, whose files lie in ../cold/RUN.json beside the folder of a run's stage."""
+    groups, _ = tested(folders)
+    if not (groups.get("mcts") and all(groups.values())):
+        raise ValueError("an overview is of finished runs: leave out collapsed ones, and pass those of `mcts` too")
+    policies, shared = evaluated([folder.parents[1] / "cold" / f"{folder.name}.json" for folder in folders])
+    warm, cold = {name: scores_of(group) for name, group in groups.items()}, {}
+    for folder in folders:
+        config, _ = load(folder)
+        name = next(name for name, group in groups.items() if any(config == other for other, _ in group))
+        cold[name] = policies[without_seed(folder.name)]
+    k, cold_score = groups["mcts"][0][1][-1]["test_samples"], f"mean@{shared['samples']} at {shared['temperature']}"
+    lines = [f"| method | mean@{k} | minus search | pass@{k} | {cold_score} | minus search |"]
+    lines.append("|" + "---|" * 6)
+    for name in sorted(groups, key=lambda name: -warm[name].mean()):
+        (mean, passed), (cold_mean, _) = mean_and_pass(warm[name]), mean_and_pass(cold[name])
+        warm_lead, cold_lead = "–", "–"
+        if name != "mcts":
+            warm_lead = lead_text(in_points(pooled(warm[name], warm["mcts"])))
+            cold_lead = lead_text(in_points(pooled(cold[name], cold["mcts"])))
+        lines.append(f"| {name} | **{mean}** | {warm_lead} | {passed} | **{cold_mean}** | {cold_lead} |")
+    return "\n".join(lines)
+
+
 def results_table(folders: list[Path]) -> str:
-    """A Markdown table of finished runs: test mean@k before and after with 95 % intervals, pass@k, cost."""
-    found = require_test(by_method(folders))
-    k = "/".join(sorted({str(rows[-1]["test_samples"]) for some in found.values() for _, rows in some}))
+    """A Markdown table of finished runs, a row each: test mean@k before and after with 95 % intervals, pass@k, cost."""
+    groups = require_test(by_method(folders))
+    k = "/".join(sorted({str(rows[-1]["test_samples"]) for group in groups.values() for _, rows in group}))
     lines = [
         f"| method | seed | mean@{k} before | mean@{k} after | pass@{k} before → after | tokens | steps | training |"
     ]
     lines += ["|" + "---|" * 8]
-    for name, config, rows in ((name, *run) for name, some in found.items() for run in some):
+    for name, config, rows in ((name, *logs) for name, group in groups.items() for logs in group):
         tests = [row for row in rows if "test_mean_at_k" in row]
-        means = [shown(*(t[f"test_mean_{key}"] for key in ("at_k", "low", "high"))) for t in tests]
-        passed, after = [f"{row['test_pass_at_k']:.1%}" for row in tests], tests[-1]
+        means = [share_text(*(test[f"test_mean_{key}"] for key in ("at_k", "low", "high"))) for test in tests]
+        passed, after = [f"{test['test_pass_at_k']:.1%}" for test in tests], tests[-1]
         if len(tests) == 1:  # --no-test-before
             means, passed = ["–", *means], ["–", *passed]
         lines.append(
@@ -242,39 +300,46 @@ def results_table(folders: list[Path]) -> str:
 
 
 def validation_table(folders: list[Path]) -> str:
-    """A Markdown table of runs, the best first: their last score on the validation split, and cost; last, those that
-    were stopped because they had collapsed."""
-    found, stopped = [], []
+    """A Markdown table of runs, the best first: the last score on the validation split, and cost. Collapsed runs come
+    last."""
+    scored, collapsed = [], []
     for folder in folders:
         config, rows = load(folder)
-        if run_folder.ending(rows) == "stopped":
+        if ending(rows) == "stopped":
             tokens = f"{rows[-1]['generated'] / 1e6:.2f} M"
-            stopped.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
-        elif evaluated := [row for row in rows if "eval_mean" in row]:
-            found.append((folder.name, config["seed"], evaluated[-1]))
-    if not found and not stopped:
+            collapsed.append(f"| {folder.name} | {config['seed']} | collapsed | – | – | – | {tokens} |")
+        elif evaluations := [row for row in rows if "eval_mean" in row]:
+            scored.append((folder.name, config["seed"], evaluations[-1]))
+    if not scored and not collapsed:
         raise ValueError("none of the runs has been evaluated yet (no eval_mean)")
-    k = "/".join(sorted({str(row["eval_k"]) for *_, row in found}))
+    k = "/".join(sorted({str(row["eval_k"]) for *_, row in scored}))
     lines = [f"| run | seed | mean@{k} | pass@{k} | dense reward | format | tokens |", "|" + "---|" * 7]
-    for name, seed, row in sorted(found, key=lambda item: -item[2]["eval_mean"]):
+    for name, seed, row in sorted(scored, key=lambda run: -run[2]["eval_mean"]):
         lines.append(
             f"| {name} | {seed} | **{row['eval_mean']:.1%}** | {row['eval_pass']:.1%} | {row['eval_reward']:+.2f} "
             f"| {row['eval_parsed']:.0%} | {row['generated'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines + stopped)
+    return "\n".join(lines + collapsed)
 
 
 def scores_table(files: list[Path]) -> str:
-    """A Markdown table of evaluations of policies alone, the best first: scores, pooled over seeds, and how far from
+    """A Markdown table of evaluations of policies alone, the best first: scores, pooled over seeds, and their lead over
     those of `mcts`."""
-    found, shared = evaluated(files)
-    k, at = shared["samples"], shared["temperature"]
-    lines = [f"| policy | seeds | mean@{k} at {at} | minus search | pass@{k} |", "|" + "---|" * 5]
-    for name, shares in sorted(found.items(), key=lambda item: -item[1].mean()):
-        mean, passed = shown_means(shares)
-        lead = tuple(100 * x for x in pooled(shares, found["mcts"])) if "mcts" in found and name != "mcts" else None
-        lines.append(f"| {name} | {len(shares)} | **{mean}** | {shown_lead(lead)} | {passed} |")
+    policies, shared = evaluated(files)
+    k, temperature = shared["samples"], shared["temperature"]
+    lines = [f"| policy | seeds | mean@{k} at {temperature} | minus search | pass@{k} |", "|" + "---|" * 5]
+    for name, shares in sorted(policies.items(), key=lambda policy: -policy[1].mean()):
+        mean, passed = mean_and_pass(shares)
+        is_rival = "mcts" in policies and name != "mcts"
+        difference = in_points(pooled(shares, policies["mcts"])) if is_rival else None
+        lines.append(f"| {name} | {len(shares)} | **{mean}** | {lead_text(difference)} | {passed} |")
     return "\n".join(lines)
 
 
-TABLES = {"table": results_table, "summary": summary_table, "validation": validation_table, "scores": scores_table}
+TABLES = {
+    "table": results_table,
+    "summary": summary_table,
+    "overview": overview_table,
+    "validation": validation_table,
+    "scores": scores_table,
+}

@@ -2,9 +2,11 @@
 
 import inspect
 import io
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -39,6 +41,18 @@ SHORT_HELP = {  # the settings that a student changes
     "temperature": "of sampling",
 }
 
+# what tyro says, as a pattern, and what the kit says instead
+MESSAGES = (
+    (r"Unrecognized options: ", "unexpected: "),
+    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
+    (r"Missing from \S+: (.*?) \(required\).*", r"missing: \1"),
+    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be a whole number, not \2"),
+    (r"Error parsing (--\S+): could not convert string to float: (.*)", r"\1 must be a number, not \2"),
+    (r"Error parsing (--\S+): no type matching \{None\}\|FLOAT .* \[(.*)\]\.", r"\1 must be a number or None, not \2"),
+    (r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1 can't be \2"),
+    (r"Error parsing [\w.]+: ", ""),  # of a topic
+)
+
 # ------------------------------------------------------------------------------------------------ any program
 
 
@@ -46,7 +60,9 @@ def command(main: Callable[[], None]) -> None:
     """Run a program: expected errors become one line, Ctrl-C exits with 130, a stopped run with 3."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
         fail(str(error))
     except Stopped as reason:
         fail(str(reason), 3)
@@ -88,31 +104,41 @@ def read_config(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        fail(f"{first_message(boxes.getvalue(), kind)} (--help lists the options)")
+        message = first_message(boxes.getvalue())
+    except ValueError as error:  # of a topic that may be None: tyro lets it pass
+        message = str(error)
+    fail(f"{message} (--help lists the options)")
 
 
-def first_message(boxes: str, kind: type) -> str:
-    """The first message of what tyro wrote: it draws boxes, with colours on a terminal."""
+def first_message(boxes: str) -> str:
+    """The first message of what tyro wrote, in the kit's words. tyro draws boxes, with colours on a terminal."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", boxes)
     lines = [line.strip("│ ") for line in plain.splitlines()[1:]]  # the first is the box's title
     parts = groupby(lines, key=lambda line: set(line) <= set("─-╭╮╰╯ "))
     message = next((" ".join(part) for is_rule, part in parts if not is_rule), plain.strip())
-    return message.removeprefix(f"Error parsing {kind.__name__}: ")
+    for pattern, words in MESSAGES:
+        if re.match(pattern, message):
+            return re.sub(pattern, words, message, count=1)
+    return message
 
 
-def check_options(args: Iterable[str], config: object, unread: dict[str, str]) -> None:
-    """Fail for the first option that `config` does not have; of those in `unread` it is said who has no use for it."""
+def check_options(args: list[str], config: object, unread: dict[str, str]) -> None:
+    """Fail for the first empty value, and for the first option that `config` does not have; of those in `unread` it is
+    said who has no use for it."""
     known = set(option_names(config)) | {"help"}
-    for arg in args:
+    names = known | unread.keys() | ({"search"} if "method" in known else set())
+    for before, arg in zip(["", *args], args):
+        option, equals, value = arg.partition("=")
+        if not arg or (option.startswith("--") and equals and not value):
+            fail(f"{option or before or 'an argument'} is empty")
         if not re.match(r"--[a-zA-Z]", arg):
             continue
-        option = arg.partition("=")[0]
         name = option[2:].replace("_", "-").removeprefix("no-")
         if name in known:
             continue
         if name in unread:
             fail(f"{unread[name]} has no use for {option}: leave it out")
-        near = get_close_matches(name, known, 1)
+        near = get_close_matches(name.lower(), names, 1)
         fail(f"there is no option {option}{f': did you mean --{near[0]}?' if near else ''} (--help lists the options)")
 
 
@@ -147,6 +173,8 @@ def parse(args: list[str], method: str) -> tuple[Config, bool]:
 
 def normalized(args: list[str]) -> list[str]:
     """Arguments with --search, the other name of --method, replaced, and --resume=RUN in two parts."""
+    if {"--search", "--method"} <= {arg.partition("=")[0] for arg in args}:
+        fail("--search and --method are one option: leave one of them out")
     args = [re.sub(r"^--search(?==|$)", "--method", arg) for arg in args]
     return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
 
@@ -162,21 +190,25 @@ def given(args: list[str], option: str, default: str) -> str:
 def read_training_config(args: list[str], default: Config) -> Config:
     """A Config from the command line. An option that other methods have, and this one does not read, is refused."""
     names = {name for method in METHODS for name in option_names(preset_for("tiny", method))}
-    return read_config(Config, args, default, dict.fromkeys(names, default.method))
+    unread = dict.fromkeys(names, default.method) | {"force": "a new run", "resume": "a resumed run"}
+    return read_config(Config, args, default, unread)
 
 
 def resumed(args: list[str]) -> Config:
     """The settings of an interrupted run. Other settings, and a folder of another version, are refused without
     --force."""
     at = args.index("--resume")
-    if len(args) == at + 1:
+    name = "".join(args[at + 1 : at + 2])
+    if not name or name.startswith("--"):
         fail("--resume needs the folder of a run")
-    folder = Path(args[at + 1])
+    folder = Path(name)
     options = [arg for arg in args[:at] + args[at + 2 :] if arg != "--force"]
     if given(options, "--out", ""):
         fail("--resume goes on in the run's own folder: leave out --out, or copy the folder first")
     default, problems = restore(Config, read_settings(folder), folder)
     default = replace(default, out=folder)
+    if given(options, "--method", default.method) != default.method:
+        fail(f"{folder} is a run of {default.method}: --resume goes on with it, not with another method")
     config = read_training_config(options, default) if options else default
     problems += differences(asdict(default), asdict(config))
     if problems and "--force" not in args:
@@ -190,15 +222,19 @@ def restore(kind: type, saved: dict, folder: Path) -> tuple[object, list[str]]:
     if not isinstance(saved, dict):
         raise ValueError(f"{folder}/config.json is damaged: a topic is no JSON object")
     topics = {field.name: type_of_topic(field) for field in fields(kind)}
+    optional = {field.name for field in fields(kind) if "None" in str(field.type)}
     unknown = sorted(saved.keys() - topics.keys() - {"provenance"})
     values, problems = {}, [f"{name} is no setting here" for name in unknown]
     for name, topic in topics.items():
         if name in saved:
             values[name] = saved[name]
-            if topic and saved[name] is not None:
+            if topic and not (saved[name] is None and name in optional):
                 values[name], more = restore(topic, saved[name], folder)
                 problems += more
-    return kind(**values), problems
+    try:
+        return kind(**values), problems
+    except (AttributeError, TypeError):  # null for a topic, a list for a word …
+        raise ValueError(f"{folder}/config.json is damaged: a setting of {kind.__name__} is of another type") from None
 
 
 def type_of_topic(field) -> type | None:
@@ -226,9 +262,7 @@ def differences(there: dict, here: dict) -> list[str]:
 
 def differing(there: dict, here: dict) -> list[str]:
     """Which settings `here` have another value `there`, a piece of text each."""
-    return [
-        f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value
-    ]
+    return [f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value]
 
 
 # ------------------------------------------------------------------------------------------------ help
@@ -242,7 +276,10 @@ def answer_help(about: str, method: str) -> None:
         return
     method, preset = given(args, "--method", method), given(args, "--preset", "tiny")
     config = preset_for(preset if preset in PRESETS else "tiny", method if method in METHODS else "mcts")
-    print(help_all(config) if "--help-all" in args else short_help(about, config))
+    try:
+        print(help_all(config) if "--help-all" in args else short_help(about, config), flush=True)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit
 
 
@@ -262,12 +299,28 @@ def short_help(about: str, config: Config) -> str:
 
 
 def help_all(config: Config) -> str:
-    """Every option of a method, by topic."""
-    import tyro
+    """Every option of a method, by topic, with its value."""
+    lines, topics = [], [config]
+    for topic in topics:
+        comments = field_comments(type(topic))
+        lines += ["", inspect.getdoc(topic)]
+        for field in fields(topic):
+            value = getattr(topic, field.name)
+            if is_dataclass(value):
+                topics.append(value)
+            elif field.name.replace("_", "-") in option_names(topic):
+                option = f"  --{field.name.replace('_', '-')} {value}"
+                lines += textwrap.wrap(f"{option:34s} {comments[field.name]}", 118, subsequent_indent=35 * " ")
+    return "\n".join(lines)
 
-    own = [config, *(getattr(config, field.name) for field in fields(config))]
-    pages = []
-    for topic in filter(is_dataclass, own):
-        parser = tyro.extras.get_parser(type(topic), default=topic, config=(tyro.conf.OmitArgPrefixes,))
-        pages.append(parser.format_help())
-    return "\n".join(pages)
+
+def field_comments(kind: type) -> dict[str, str]:
+    """The comments beside the fields of a dataclass, or above them."""
+    comments, above = {}, []
+    for line in inspect.getsource(kind).splitlines():
+        if match := re.match(r"    # (.*)", line):
+            above.append(match[1])
+        elif match := re.match(r"    (\w+): .*?(?:# (.*))?$", line):
+            comments[match[1]] = " ".join([*above, match[2] or ""]).strip()
+            above = []
+    return comments

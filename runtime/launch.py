@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from config import Config, flatten
-from runtime import ranks
+from config import Config
+from runtime import ranks, report
 from runtime.cli import fail, parse
 from runtime.cluster import collecting
 from runtime.guard import Stopped
@@ -32,7 +32,7 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
     """Parse, refuse what is not this program's, print the settings, train."""
     config, resume = parse(args, method)
     if config.method not in collectors:
-        fail(f"this program runs {', '.join(collectors)}, not {config.method!r}")
+        fail(f"this program runs {', '.join(collectors)}, not {config.method!r}: see ppo.py, baselines.py")
     if not resume:
         check_unused(config.folder)
     elif finished(config.folder):
@@ -42,7 +42,7 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
         return
     if ranks.join(pick_device(config.machine.device)):  # one of several processes of torchrun, and not the first
         return follow(config, trainer)
-    print("\n".join(f"  {name:24s} {value}" for name, value in flatten(config).items()))
+    print(report.beginning(config))
     try:
         with collecting(config, collectors[config.method]) as collect:
             trainer.train(config, collect, resume)

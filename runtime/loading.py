@@ -1,6 +1,7 @@
-"""Loading: a policy from a Hugging Face name, a folder, an adapter or a run; what can't be one gets a line of advice.
+"""Loading: a policy from a Hugging Face name, a folder, an adapter or a run.
 
-Weights are read from safetensors alone, and no code that comes with a model is run.
+A model that can't be used raises a ValueError of one line that says what to do. Weights are read from safetensors
+alone, and code that comes with a model is never run.
 """
 
 import logging
@@ -24,17 +25,17 @@ from policy import VALUE_HEAD, Policy, encode, read_tensors
 from runtime.cache import GROUPED
 from runtime.files import read_json
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by PEFT, it praises a package that none needs here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advertises a package not needed here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
-disable_progress_bar()  # a bar for every checkpoint would run into the run's own; those of downloads stay
+disable_progress_bar()  # of weights that are loaded or saved: it would break the run's own bar; downloads keep theirs
 
 KIT = Path(__file__).parents[1]
-LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
 
 
 def pick_device(device: str) -> str:
-    """The device that a setting means: auto is the GPU where there is one. ValueError for one that isn't there."""
+    """The device that a setting means: auto is the GPU where there is one. ValueError if it is missing."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}; CUDA_VISIBLE_DEVICES picks among GPUs")
     if device == "auto":
@@ -52,13 +53,18 @@ def load_policy(
     quantize: str = "none",
     gradient_checkpointing: bool = False,
     train: bool = True,
+    seed: int | None = None,
 ) -> Policy:
     """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
 
-    lora_rank 0 trains all weights (then fp32 is needed); above 0 it trains a LoRA adapter of that rank in fp32 on
-    all linear layers over a frozen base in `dtype`, its linear layers in 4 bits with quantize="nf4". train=False, for
-    evaluation, takes any dtype and keeps no reference. ValueError says what to do when the model can't be used.
+    lora_rank: 0 trains all weights, in fp32. Above 0 it is the rank of a LoRA adapter on all linear layers. The adapter
+    is trained in fp32; the base weights are frozen in `dtype`, with quantize="nf4" the linear layers in 4 bits.
+    train: False, for evaluation, allows any dtype and makes no reference.
+    seed: of the first weights of value head and adapter.
+    ValueError says what to do if the model can't be used.
     """
+    if seed is not None:
+        torch.manual_seed(seed)
     folder, base = locate(model)
     adapter = folder if base != folder else None
     lora = bool(adapter or lora_rank)
@@ -76,8 +82,8 @@ def load_policy(
         )
         options["device_map"] = {"": device}
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        lm, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):  # transformers has drawn them at random
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
         keep_packing(lm)
         if lm.config._attn_implementation == "sdpa":
@@ -89,7 +95,7 @@ def load_policy(
         elif lora_rank:
             settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
             lm = get_peft_model(lm, settings)
-    except Exception as error:  # no access, no memory, torn or foreign files: each raises its own
+    except Exception as error:  # no access, no memory, torn or foreign files: each has its own type
         raise ValueError(explain(folder, base, error)) from None
     if quantize == "none":
         lm.to(device)
@@ -103,33 +109,34 @@ def load_policy(
 
 
 def read_model_config(folder: str, base: str) -> PreTrainedConfig:
-    """A model's config.json. ValueError if it can't be had, or for a model that this kit would run wrongly."""
+    """A model's config.json. ValueError if it can't be read, or for a kind of model that the kit would run wrongly."""
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with it raises its own
+    except Exception as error:  # each fault has its own type
         raise ValueError(explain(folder, base, error)) from None
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not kind or kind.base_model_prefix != "model" or config.is_encoder_decoder or not hasattr(config, "hidden_size"):
-        raise ValueError(f"{base}: {config.model_type} is no decoder of text alone, or of another make than Llama's")
+        raise ValueError(f"{base}: {config.model_type} is not a text decoder built like Llama")
     if kind._is_stateful or set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{base}: {config.model_type} has layers without attention, whose state is not kept here")
-    if changed := [name for name in LOGITS if getattr(config, name, None) not in (None, 1)]:
+    if changed := [name for name in LOGIT_SETTINGS if getattr(config, name, None) not in (None, 1)]:
         raise ValueError(f"{base}: {config.model_type} changes its logits ({changed[0]}), which is not done here")
     return config
 
 
 def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
-    """A model's tokenizer, its adapter's own if there is one. ValueError if it can't be had, or makes no prompts."""
-    own = (Path(folder) / "tokenizer.json").exists()
+    """A model's tokenizer; of an adapter, the one in its folder if there is one. ValueError if it can't be read, or
+    can't write prompts."""
+    source = folder if (Path(folder) / "tokenizer.json").exists() else base
     try:
-        # not AutoTokenizer: for model type qwen2 it rebuilds a byte-level BPE over whatever tokenizer.json says
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder if own else base, padding_side="left")
+        # not AutoTokenizer: for model type qwen2 it ignores tokenizer.json and builds a byte-level BPE
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left")
         if tokenizer.chat_template is None:
             raise ValueError("it has no chat template: use an instruct model")
         if tokenizer.eos_token is None:
             raise ValueError("its tokenizer has no eos_token: answers would never end")
         encode(tokenizer, Problem((1, 2), 3))
-    except Exception as error:  # the template's own too
+    except Exception as error:  # those of the chat template too
         raise ValueError(explain(folder, base, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -137,21 +144,24 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
 
 
 def adapter_rank(folder: str, base: str) -> int:
-    """The rank of the adapter that `locate` has found, 0 if there is none."""
+    """The rank of an adapter. `folder`, `base`: as `locate` returns them. 0 if the model is no adapter."""
     return read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
 
 
 def keep_packing(lm: torch.nn.Module) -> None:
-    """On CPUs with bf16 instructions bitsandbytes 0.50 packs 4-bit weights anew in the first pass without gradients,
-    for a kernel that has no backward pass: training fails, or loses gradients in silence. Here they stay."""
+    """Keep 4-bit weights as they were loaded. On CPUs with bf16 instructions bitsandbytes 0.50 would pack them anew in
+    the first pass without gradients. That layout has no backward pass: training would fail, or lose gradients without
+    an error."""
     for layer in lm.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 
 
 def locate(model: str | Path) -> tuple[str, str]:
-    """Where tokenizer (and adapter, if it is one) and base weights are: two folders or Hugging Face names. A run folder
-    stands for its final policy. ValueError, before anything is read, for what can't be a model."""
+    """Two folders or Hugging Face names: of the tokenizer (and the adapter, if there is one), and of the base weights.
+
+    A run folder means its final policy. ValueError, before weights are read, for what is not a model.
+    """
     path, name = Path(model).expanduser(), str(model)
     if name == TINY and not path.exists():  # the embedded policy, from any working directory
         path = KIT / TINY
@@ -175,38 +185,39 @@ def locate(model: str | Path) -> tuple[str, str]:
         try:
             return str(path), locate(base)[0]
         except ValueError as error:
-            raise ValueError(f"{name}: its base model is not to be had: {error}") from None
+            raise ValueError(f"{name}: its base model can't be found: {error}") from None
     if (path / "checkpoint").is_dir():
         raise ValueError(f"{name} is a run without a final policy: go on with it, --resume, or pass {name}/checkpoint")
     if not (path / "config.json").exists():
-        held = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
-        raise ValueError(f"{name} is no model folder: it has no config.json (it holds {held})")
+        names = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (it holds {names})")
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{name} holds no safetensors weights; pickled ones (.bin) are not read")
     index = path / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map", {}) if index.exists() else {}
     if not isinstance(shards, dict):
         raise ValueError(f"{name}: {index.name} is damaged")
-    if not all(str(shard).endswith(".safetensors") for shard in shards.values()):  # transformers would read them
+    if not all(str(shard).endswith(".safetensors") for shard in shards.values()):  # transformers would read pickles
         raise ValueError(f"{name}: {index.name} names other weights than safetensors; pickled ones (.bin) are not read")
     return str(path), str(path)
 
 
 def ask_hub(name: str) -> None:
-    """ValueError, at once and not after minutes of retries, if a model is neither in the hub's cache nor on the hub."""
+    """ValueError if a model is neither in the local cache nor on the Hugging Face hub. One request, where transformers
+    would try again for minutes."""
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
-    except Exception as error:  # no such name, no access, no network, offline: each raises its own
+    except Exception as error:  # no such name, no access, no network, offline: each has its own type
         raise ValueError(explain(name, name, error)) from None
 
 
 def explain(folder: str, base: str, error: Exception) -> str:
-    """One line of advice when transformers could not load a model that `locate` let pass."""
-    what = f"{folder!r}" if folder == base else f"the base model {base!r} of the adapter {folder!r}"
+    """One line of advice about a model that transformers could not load."""
+    model = f"{folder!r}" if folder == base else f"the base model {base!r} of the adapter {folder!r}"
     if Path(base).exists():
-        return f"can't load {what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"can't load {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return (
-        f"can't load {what}: no such folder, and not to be had from the Hugging Face hub (no access, or no such name). "
+        f"can't load {model}: no such folder, and not found on the Hugging Face hub (no access, or no such name). "
         f"Where there is access: hf download {base} --local-dir FOLDER; then pass the folder"
     )

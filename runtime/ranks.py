@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node 2 ppo.py --search mcts
 
-Rank 0 is the run: it collects, evaluates and writes. The others hear of its trajectories and make the same updates:
-every rank takes a share of the trajectories, the gradients are summed over ranks once an update, and clipping and
-optimiser then do the same everywhere. That equals one process up to the order in which numbers are added.
+Rank 0 is the run: it collects, evaluates and writes. It sends its trajectories to the other ranks, and all ranks make
+the same update. Each computes the gradient of its share of the trajectories; the gradients are summed over ranks once
+an update; clipping and optimiser then do the same on every rank. The result is that of one process, up to the order in
+which numbers are added.
 
-Why not DDP: it averages inside every backward pass, so that all ranks would need as many micro-batches; here a loss is
-a sum over trajectories with weights of the whole step, so sums are what is wanted, and once. Why not FSDP2: with LoRA
-it is the frozen weights that fill a GPU, and NF4 makes them smaller. Every rank holds the whole policy.
+Why not DDP: it averages gradients in every backward pass, so all ranks would need equally many micro-batches. Here the
+loss is a sum over a step's trajectories, so one sum an update is enough. Why not FSDP2: with LoRA the frozen weights
+fill a GPU, and NF4 makes them smaller. Every rank holds the whole policy.
 
-In one process nothing here does anything. What ranks send each other is pickled: theirs must be a trusted network.
+In one process these functions do nothing. Ranks send each other pickles: their network must be a trusted one.
 """
 
 import os
@@ -28,15 +29,14 @@ from sampling import Trajectory
 
 
 def join(device: str) -> int:
-    """Take part, if torchrun has started this process; its rank. Rank 0 alone prints. ValueError for too few GPUs."""
+    """Join the other ranks, if torchrun has started this process; returns its rank. Rank 0 alone prints. ValueError for
+    too few GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "gloo"
         if device == "cuda":
-            local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local >= cards:
-                raise ValueError(
-                    f"torchrun started more processes here than there are GPUs ({cards}): see --device cpu"
-                )
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise ValueError(f"torchrun started more processes here than there are GPUs ({gpus}): see --device cpu")
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 collects
@@ -46,7 +46,7 @@ def join(device: str) -> int:
 
 
 def leave() -> None:
-    """The run has ended, and the other ranks with it."""
+    """End the other ranks; rank 0 calls it at the end of the run."""
     if world() > 1:
         broadcast(None)
         dist.destroy_process_group()
@@ -62,10 +62,10 @@ def rank() -> int:
 
 def broadcast(message: object = None) -> object:
     """Rank 0's message, on all ranks."""
-    box = [message]
+    messages = [message]
     if world() > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+        dist.broadcast_object_list(messages, device=torch.device("cpu"))
+    return messages[0]
 
 
 def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -79,9 +79,9 @@ def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def on_cpu(state):
-    """An optimiser's state, with its tensors on the CPU; bitsandbytes keeps them a level deeper than torch."""
+    """An optimiser's state, with its tensors on the CPU. Those of bitsandbytes are one level deeper than torch's."""
     if isinstance(state, dict):
-        return {key: on_cpu(part) for key, part in state.items()}
+        return {key: on_cpu(value) for key, value in state.items()}
     return state.cpu() if torch.is_tensor(state) else state
 
 
@@ -89,7 +89,7 @@ class MicroBatchesOnRanks(MicroBatches):
     """Each rank runs a share of the trajectories; gradients are summed over ranks."""
 
     def own_share(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Dealt out by length, so that all ranks get about as many tokens."""
+        """Every `world()`-th trajectory by length, so that all ranks get about as many tokens."""
         if world() == 1:
             return trajectories
         return sorted(trajectories, key=lambda t: t.length, reverse=True)[rank() :: world()]
@@ -99,9 +99,9 @@ class MicroBatchesOnRanks(MicroBatches):
         none. The ranks go on with the smallest micro-batch."""
         if world() == 1:
             return metrics
-        every: list = [None] * world()
-        dist.all_gather_object(every, ([p.grad is not None for p in parameters], metrics, self.tokens))
-        flags, metrics_of_ranks, tokens = zip(*every)
+        reports: list = [None] * world()  # one of each rank
+        dist.all_gather_object(reports, ([p.grad is not None for p in parameters], metrics, self.tokens))
+        flags, metrics_of_ranks, tokens = zip(*reports)
         for parameter, has_gradient in zip(parameters, zip(*flags)):
             if any(has_gradient):
                 if parameter.grad is None:  # this rank had no share

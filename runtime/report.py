@@ -6,11 +6,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config
+from config import Config, flatten, preset_for
+from runtime.evaluation import TreeEvaluation
 from runtime.scores import Score
 from sampling import Progress, Trajectory, Usage
 
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+def beginning(config: Config) -> str:
+    """What a run is about to do, and which settings are not its preset's."""
+    limits = [(config.budget.tokens, "generated tokens"), (config.budget.steps, "steps")]
+    budget = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit)
+    usual, shown = flatten(preset_for(config.preset, config.method)), flatten(config)
+    changed = [f"{name} {value}" for name, value in shown.items() if value != usual[name] and name != "out"]
+    return "\n".join(
+        [
+            f"{config.method}, preset {config.preset}, {config.model}: {budget}, into {config.folder}/",
+            f"changed settings: {', '.join(changed) or 'none'}",
+        ]
+    )
 
 
 def summarize(trajectories: list[Trajectory]) -> dict[str, float]:
@@ -65,12 +80,14 @@ def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
         f"  {folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
     ]
     if config.task.split != "post":  # whose test problems the policy has seen
-        tree = " --children 8 --cutoff 0.02" if config.cutoff is not None else ""
-        prior = config.tree.prior if config.tree else "sum"
-        lines.append(
-            f"  next: python evaluate.py {folder} --search mcts --budget 1024{tree} "
-            f"--prior {prior} --size {config.task.size} --max-tokens {config.task.max_tokens} "
-            f"--temperature {config.learning.temperature} --dtype {config.machine.dtype} "
-            f"--quantize {config.machine.quantize}"
-        )
+        lines.append(f"  next: python evaluate.py {folder} {search_options(config)}")
     return "\n".join(lines)
+
+
+def search_options(config: Config) -> str:
+    """evaluate.py's options for a search with a run's policy: those that are not its defaults."""
+    usual = flatten(TreeEvaluation())
+    own = flatten(config) | {"children": 8, "cutoff": None if config.cutoff is None else 0.02}
+    names = ("prior", "size", "max_tokens", "temperature", "dtype", "quantize", "children", "cutoff")
+    options = [f"--{name.replace('_', '-')} {own[name]}" for name in names if own.get(name, usual[name]) != usual[name]]
+    return " ".join(["--search mcts --budget 1024", *options])

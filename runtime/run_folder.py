@@ -1,15 +1,15 @@
-"""A run folder: what was asked (config.json), what happened (metrics.jsonl, TensorBoard), what was learned.
+"""A run folder: the settings of a run, its metrics, its checkpoints and its policy.
 
-RUN/config.json               the full configuration, with versions, machine and commit
-RUN/metrics.jsonl             a line a step: step, seconds, generated and prefilled tokens, rewards, losses, evaluation
+RUN/config.json               all settings, with versions, machine and commit
+RUN/metrics.jsonl             a line for each step: counters, rewards, losses, evaluation
 RUN/events.out.tfevents…      the same for TensorBoard
-RUN/checkpoint/               the newest state: policy as `save_pretrained` writes it, value head, optimiser, counters
-RUN/checkpoint.old/           the one before it, used if that one is damaged (`sha256sum -c SHA256SUMS` inside tells)
+RUN/checkpoint/               the newest checkpoint: policy (by `save_pretrained`), value head, optimiser, counters
+RUN/checkpoint.old/           the one before it, used if the newest is damaged (`sha256sum -c SHA256SUMS` checks it)
 RUN/best/                     the policy with the best validation mean
 RUN/policy/                   the final policy, for AutoModelForCausalLM / PeftModel
 
-A folder is written beside its place, forced to the disk and renamed, so that a kill at any moment leaves a whole
-checkpoint behind, and metrics.jsonl is cut back to it when the run goes on.
+A checkpoint is written under another name, forced to the disk and then renamed, so a kill at any moment leaves a whole
+one. When the run goes on, lines of metrics.jsonl that are younger than the checkpoint are removed.
 """
 
 import gzip
@@ -25,13 +25,15 @@ from pathlib import Path
 from runtime.files import is_whole, read_json, seal, sync, write, writing
 from runtime.provenance import provenance
 
-LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of one that is kept in results/
+LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of a run that was packed into results/
 
 
 class Run:
-    """One run folder, open for writing by one process: `with Run(…) as run`. A new run refuses a folder that holds one.
-    resume=True goes on with it: `restored` is the checkpoint to load (None: there was none yet), `state` what it was
-    saved with, and what metrics.jsonl says of later steps is gone."""
+    """One run folder, open for writing by one process: `with Run(…) as run`.
+
+    A new run refuses a folder that already holds a run; resume=True goes on with that run. Then `restored` is the
+    folder of the checkpoint to load, or None if there is none yet, and `state` is what `checkpoint` got as state.
+    """
 
     def __init__(self, folder: Path, settings: dict, resume: bool = False):
         from filelock import FileLock, Timeout
@@ -62,9 +64,11 @@ class Run:
         self.board = SummaryWriter(str(self.folder), purge_step=self.state.get("step", -1) + 1 if resume else None)
 
     def write_config(self) -> None:
-        """The settings and what they run on; of a run that goes on, once its checkpoint has been read with them."""
-        made = read_settings(self.folder).get("provenance") if self.restored else provenance()
-        write(self.folder / "config.json", json.dumps(self.settings | {"provenance": made}, indent=1, default=str))
+        """Write the settings, and what the run was begun with. A resumed run calls this once its checkpoint is loaded:
+        settings that the checkpoint does not fit are never written."""
+        begun_with = read_settings(self.folder).get("provenance") if self.restored else provenance()
+        settings = self.settings | {"provenance": begun_with}
+        write(self.folder / "config.json", json.dumps(settings, indent=1, default=str))
 
     def __enter__(self) -> "Run":
         return self
@@ -73,13 +77,13 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
-        with suppress(OSError):  # on a full disk; that was told before
+        """Close the log and give up the lock."""
+        with suppress(OSError):  # a full disk, of which `log` has told
             self.board.close()
         self.lock.release()
 
     def log(self, row: dict) -> None:
-        """Append one line of metrics and mirror its numbers to TensorBoard."""
+        """Append a line of metrics; its numbers also go to TensorBoard."""
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
         with writing(self.metrics):
             with self.metrics.open("a") as file:
@@ -91,7 +95,8 @@ class Run:
                     self.board.add_scalar(key, value, row["step"])
 
     def checkpoint(self, save: Callable[[Path], None], state: dict) -> None:
-        """The newest checkpoint: `save(folder)` writes the tensors, `state` (JSON) the rest. The last one is kept."""
+        """Write a checkpoint: `save(folder)` writes the tensors, `state` is the rest, as JSON. The checkpoint before it
+        stays."""
 
         def fill(folder: Path) -> None:
             save(folder)
@@ -100,27 +105,28 @@ class Run:
         self.publish("checkpoint", fill)
 
     def publish(self, name: str, fill: Callable[[Path], None]) -> None:
-        """RUN/name with what `fill(folder)` writes, whole or not at all. Of a checkpoint the one before it is kept."""
-        fresh, newest, old = (self.folder / f"{name}{end}" for end in (".new", "", ".old"))
-        with writing(fresh):
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
-            fill(fresh)
-            seal(fresh)
+        """Make the folder RUN/name, which `fill(folder)` writes: whole or not at all. If it is a checkpoint, the one
+        before it stays as checkpoint.old."""
+        new, newest, old = (self.folder / f"{name}{suffix}" for suffix in (".new", "", ".old"))
+        with writing(new):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            fill(new)
+            seal(new)
             if newest.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 newest.rename(old)
-            fresh.rename(newest)
+            new.rename(newest)
             sync(self.folder)
             if name != "checkpoint":
                 shutil.rmtree(old, ignore_errors=True)
 
     def _restore(self) -> tuple[Path | None, dict]:
-        """The newest whole checkpoint and its state, and metrics.jsonl as it was then."""
+        """The newest whole checkpoint and its state. metrics.jsonl loses its younger lines."""
         newest, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
-        there = [folder for folder in (newest, old) if folder.exists()]
-        folder = next((folder for folder in there if is_whole(folder)), None)
-        if there and folder is None:
+        checkpoints = [folder for folder in (newest, old) if folder.exists()]
+        folder = next((folder for folder in checkpoints if is_whole(folder)), None)
+        if checkpoints and folder is None:
             raise ValueError(f"no checkpoint in {self.folder} is whole: its files are not those that were written")
         if folder == old and newest.exists():
             print(f"warning: {newest} is damaged (now {newest}.damaged): going on from the one before it")
@@ -129,10 +135,10 @@ class Run:
         if folder is None:
             print(f"{self.folder} has no checkpoint yet: from the start")
         state = json.loads((folder / "state.json").read_text()) if folder else {}
-        if state.pop("settings", known := fingerprint(self.settings)) != known:
+        if folder and state.pop("settings") != fingerprint(self.settings):
             print(f"note: {folder} was written with other settings")
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
-        write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
+        write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return folder, state
 
 
@@ -146,7 +152,7 @@ def check_unused(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    """A run's config.json. ValueError if there is none to read."""
+    """A run's config.json. ValueError if there is none, or it is damaged."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no run: there is no {file}")
@@ -154,19 +160,21 @@ def read_settings(folder: Path) -> dict:
 
 
 def log_of(folder: Path) -> Path | None:
-    """The file with a run's rows of metrics; None where it has not begun."""
+    """The file with a run's metrics; None if the folder holds no run."""
     return next((file for name in LOGS if (file := Path(folder) / name).exists()), None)
 
 
-def pack(folder: Path, kept: Path) -> None:
-    """Keep config and rows of metrics of a run in another folder, these in a seventh of the space."""
-    write(kept / "config.json", (folder / "config.json").read_text())
-    write(kept / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
+def pack(folder: Path, target: Path) -> None:
+    """Copy a run's config.json and metrics to `target`; the metrics are compressed to a seventh."""
+    write(target / "config.json", (folder / "config.json").read_text())
+    write(target / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """A run's rows of metrics, none where it has not begun; a torn last line is left out. ValueError for any other line
-    that is no row."""
+    """A run's rows of metrics; an empty list if the folder holds no run.
+
+    A torn last line, as a kill leaves it, is left out. ValueError for another line that is not a row of metrics.
+    """
     file, rows, content = log_of(folder), [], b""
     if file:
         try:
@@ -187,14 +195,14 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def fingerprint(settings: dict) -> str:
-    """A hash of a run's settings, wherever its folder lies."""
-    kept = {key: value for key, value in settings.items() if key != "out"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of a run's settings. The place of its folder does not change it."""
+    settings = {name: value for name, value in settings.items() if name != "out"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def ending(rows: list[dict]) -> str:
-    """How a run with such rows has ended: "finished" (final policy and test), "stopped" (by guard.py, or for a loss
-    that is not finite), or "" if it has not."""
+    """How a run with these rows of metrics has ended: "finished" after the test of the final policy, "stopped" by
+    runtime/guard.py or for a loss that is not finite, "" if it has not ended."""
     last = rows[-1] if rows else {"step": 0}
     if "stopped" in last:
         return "stopped"
@@ -202,5 +210,5 @@ def ending(rows: list[dict]) -> str:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run has come to its end."""
+    """Whether a run's final policy has been tested."""
     return ending(read_metrics(folder)) == "finished"

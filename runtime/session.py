@@ -1,6 +1,7 @@
-"""A training session: what a run works with on this machine, loaded, restored, measured and kept.
+"""A training session: all of a run but the learning, which is `train` in ppo.py.
 
-ppo.train decides what is learnt; here is the rest of a run: counters, metrics, evaluations, checkpoints, the terminal.
+A session loads the policy and the sampler, restores and writes checkpoints, counts tokens, evaluates, and writes
+metrics to the run folder and the terminal.
 """
 
 import random
@@ -29,24 +30,25 @@ ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, tempe
 
 @dataclass
 class State(Progress):
-    """A run's counters, and what else a checkpoint keeps of it besides tensors."""
+    """A run's counters, and the other numbers that a checkpoint holds beside its tensors."""
 
     best: float = -1.0  # validation mean@k of the best policy so far
-    micro_tokens: int = 0  # tokens of a micro-batch
-    before: dict | None = None  # the test before training
+    micro_tokens: int = 0  # tokens of a micro-batch at most
+    before: dict | None = None  # the Score of the test before training
 
 
 class Session:
-    """A run, open for one process: `with Session(…) as session`."""
+    """A run and its folder, open for one process: `with Session(…) as session`."""
 
     def __init__(self, config: Config, make_optimizer, score_policy: ScorePolicy, resume: bool = False):
-        """`make_optimizer(policy, config)` and `score_policy(…)` are the door's: nothing here imports one."""
+        """`make_optimizer(policy, config)` and `score_policy(…)` come from ppo.py and evaluate.py, which runtime/ does
+        not import."""
         self.config, self.score_policy, self.resume = config, score_policy, resume
         self.device = pick_device(config.machine.device)
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(config.seed)
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(config.seed)
         self.plan = memory.plan(config, self.device)
-        if self.plan.parts:
+        if self.plan.estimate:
             print(self.plan)
         self.problems = splits(config)
         self.policy = load_policy(
@@ -62,7 +64,8 @@ class Session:
         self.micro = ranks.MicroBatchesOnRanks(self.plan.micro_tokens)
         self.progress = State()
         self.guard = Guard()
-        self.scores: dict[str, Score] = {}
+        self.stopped_by_guard = False
+        self.scores: dict[str, Score] = {}  # of the tests before and after
 
     # -------------------------------------------------------------------------------------------- begin and end
 
@@ -76,7 +79,7 @@ class Session:
         return self
 
     def begin(self) -> None:
-        """Restore the last checkpoint, or test and keep the policy as it is."""
+        """Restore the last checkpoint. A new run is tested instead, and its start is the first checkpoint."""
         self.restore()
         ranks.synchronize(self.policy, self.optimizer)
         self.bar = report.bar(self.config.method, self.progress.share)
@@ -91,7 +94,7 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         self.bar.close()
-        if kind is Stopped and not self.stopped_by_guard:  # by an update that was not made
+        if kind is Stopped and not self.stopped_by_guard:  # `update` has refused a loss that is not finite
             self.progress.step += 1
             self.log({"stopped": str(error)})
         self.run.close()
@@ -101,7 +104,7 @@ class Session:
         return self.progress.share >= 1
 
     def finish(self) -> dict[str, Score]:
-        """Keep and test the final policy; returns the test scores before and after."""
+        """Save and test the final policy; returns the test scores before and after training."""
         self.bar.close()
         self.run.publish("policy", self.policy.save)
         self.scores["after"] = self.test("after")
@@ -116,13 +119,13 @@ class Session:
         return draw(self.problems["train"], self.config.learning.problems, self.config.seed, self.progress.step)
 
     def hand_over(self, trajectories: list[Trajectory]) -> None:
-        """From sampling to learning: the sampler gives its memory back, other ranks hear of the trajectories."""
+        """Between collecting and learning: the sampler frees its memory, and the other ranks get the trajectories."""
         self.sampler.rest()
         ranks.broadcast((trajectories, self.progress))
         self.collected = time.perf_counter()
 
     def record(self, trajectories: list[Trajectory], usage: Usage, metrics: dict[str, float]) -> None:
-        """Count a step; log it; evaluate and keep the policy where that is due. Stopped if the run has collapsed."""
+        """Count and log a step; evaluate and write a checkpoint if one is due. Stopped if the run has collapsed."""
         ended, before, measuring = time.perf_counter(), self.progress.share, self.config.measuring
         self.progress.advance(usage, self.config.budget, ended - self.began)
         row = report.summarize(trajectories) | metrics | report.costs(usage, ended - self.collected, self.device)
@@ -138,23 +141,21 @@ class Session:
             self.checkpoint()
         report.show(self.bar, self.progress, row)
 
-    stopped_by_guard = False
-
     def log(self, row: dict) -> None:
-        """A line of metrics, after the counters."""
+        """Write a line of metrics: the counters, then `row`."""
         counters = ("step", "generated", "prefilled", "valued", "seconds")
         self.run.log({name: getattr(self.progress, name) for name in counters} | row)
 
     # -------------------------------------------------------------------------------------------- measuring
 
     def score(self, split: str, samples: int) -> Score:
-        """The policy alone, without a search, on one of the splits."""
+        """The score of the policy, without a search, on a split: `samples` answers of each problem."""
         temperature, max_tokens = self.config.measuring.eval_temperature, self.config.task.max_tokens
         settings = samples, temperature, max_tokens, self.config.seed
         return self.score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
 
     def validate(self) -> dict[str, float]:
-        """What a row of metrics says of the validation problems. The best policy so far is kept."""
+        """The metrics of the validation problems. The best policy so far is saved as best/."""
         score = self.score("validation", self.config.measuring.eval_samples)
         if score.mean_at_k > self.progress.best:
             self.progress.best = score.mean_at_k
@@ -163,7 +164,7 @@ class Session:
         return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
 
     def test(self, when: str) -> Score:
-        """The policy on the test problems, as a row of metrics and a line on the terminal."""
+        """The score on the test problems; it is also logged, and shown on the terminal."""
         score = self.score("test", self.config.measuring.test_samples)
         self.log({f"test_{name}": value for name, value in asdict(score).items() if name != "usage"})
         tqdm.write(f"test {when}: {score.line()}")
@@ -172,7 +173,7 @@ class Session:
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def checkpoint(self) -> None:
-        """Keep all that the run needs to go on."""
+        """Write all that the run needs to go on."""
 
         def save(folder: Path) -> None:
             self.policy.save(folder)
@@ -183,7 +184,7 @@ class Session:
         self.run.checkpoint(save, asdict(self.progress))
 
     def restore(self) -> None:
-        """Read the checkpoint back, if there is one. Learning rates stay those of the settings."""
+        """Read the checkpoint, if there is one. Learning rates are those of the settings, not of the checkpoint."""
         folder, saved = self.run.restored, self.run.state
         if not folder:
             return
@@ -192,10 +193,10 @@ class Session:
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.policy.load_weights(folder)
         self.policy.version = self.progress.step
-        optimizer = read_tensors(folder / "optimizer.pt")
+        optimizer_state = read_tensors(folder / "optimizer.pt")
         is_adamw = self.config.machine.optimizer == "adamw"
-        if all(("exp_avg" in state) == is_adamw for state in optimizer["state"].values()):
-            self.optimizer.load_state_dict(optimizer)
+        if all(("exp_avg" in state) == is_adamw for state in optimizer_state["state"].values()):
+            self.optimizer.load_state_dict(optimizer_state)
         else:
             print("note: the checkpoint's optimiser was of another kind: this one starts anew")
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -205,27 +206,28 @@ class Session:
 
 
 def splits(config: Config) -> dict[str, list[Problem]]:
-    """The run's problems: train, validation, test."""
+    """The run's problems, by split: train, validation, test."""
     task, measuring = config.task, config.measuring
     sizes = dict(train=task.train_problems, validation=measuring.eval_problems, test=measuring.test_problems)
     return make_splits(task.split, **sizes, size=task.size)
 
 
 def is_due(before: float, after: float, times: int) -> bool:
-    """Whether a step from one share of the budget to another has passed one of `times` evenly spaced points."""
+    """Whether a step has passed one of `times` evenly spaced points of the budget. `before`, `after`: the share of the
+    budget that is spent before and after the step."""
     return int(before * times + 1e-9) < int(after * times + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def random_state() -> dict:
-    """Where the random streams of Python, NumPy and torch stand. What the kit draws depends on seed and step alone;
-    this is for a collector of one's own."""
+    """The state of the random streams of Python, NumPy and torch. The kit's own draws depend on seed and step alone; a
+    collector of your own may use these streams."""
     kind, keys, *rest = np.random.get_state()
     streams = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
     return streams | {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_state(streams: dict) -> None:
-    """Go on from `random_state`."""
+    """Set the random streams to a state from `random_state`."""
     random.setstate(streams["python"])
     np.random.set_state(streams["numpy"])
     torch.set_rng_state(streams["torch"])

@@ -1,4 +1,4 @@
-"""The sampler for GPUs: vLLM, in the same process as the trainer."""
+"""The sampler for GPUs: vLLM, in the trainer's process."""
 
 import os
 import shutil
@@ -13,31 +13,35 @@ from runtime.torch_sampler import check_context, read_values
 from sampling import STEP_END, Sample, Usage
 
 MAX_SEQUENCES = 256  # that vLLM decodes together
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve
-COLDEST = 0.01  # what vLLM makes, with a warning, of a temperature below it
-NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or leave out --cutoff"
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can reserve memory for
+COLDEST = 0.01  # lowest temperature; vLLM takes a lower one for this one, with a warning
+NOT_DISTINCT = "vLLM does not draw steps without replacement: pass --sampler torch, or --cutoff None"
 
 
 class VLLMSampler:
-    """vLLM in this process. Every call first serves the policy's newest weights: a LoRA policy as a new adapter (vLLM
-    caches adapters by id: the same id with new files would silently stay the old one), a fully trained one by reloading
-    all weights (the tied head by its own name, or the old one would stay). Log-probabilities are those of the
-    distribution drawn from, not vLLM's default of the untempered one. One at a time in a process: vLLM's process groups
-    and counters are global."""
+    """vLLM, serving the policy's newest weights. `sample` brings them to vLLM first, if they have changed:
+
+    LoRA          a new adapter with a new id: vLLM caches adapters by id, and would not read the new files of an old id
+    all weights   reloaded, the tied head by its own name too: without it vLLM would keep the old head
+
+    Log-probabilities are those of the distribution drawn from; vLLM's default is that of temperature 1. There can be
+    one such sampler in a process, as vLLM's process groups and counters are global.
+    """
 
     def __init__(self, policy: Policy, context: int, cache_gb: float = 1.0, seed: int = 0):
-        """`context`: tokens of the longest sequence, continuations end there; `cache_gb`: GB (2**30 bytes) of cache."""
+        """`context`: tokens of the longest sequence, at which a continuation ends; `cache_gb`: GB (2**30 bytes) of keys
+        and values."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.on_gpu = policy.device.type == "cuda"
         if not self.on_gpu:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's: vLLM's own group would have no store
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's; with it vLLM's own group finds no store
         import vllm
 
         self.vllm, self.policy, self.context = vllm, policy, context
-        self.served: int | None = None  # the policy's version that vLLM holds
+        self.served: int | None = None  # version of the weights that vLLM holds
         self.adapter, self.adapters = None, tempfile.TemporaryDirectory(prefix="adapters-")
         self.asleep = False
         lora = policy.lm.peft_config["default"].r if policy.lora else 0
@@ -49,18 +53,18 @@ class VLLMSampler:
             dtype=policy.base.dtype,
             max_model_len=context,
             kv_cache_memory_bytes=int(cache_gb * 2**30),
-            gpu_memory_utilization=0.05,  # only a start-up check then: the trainer's weights are on the card too
+            gpu_memory_utilization=0.05,  # only checked at the start, and low, as the trainer is on the card too
             max_num_seqs=MAX_SEQUENCES,
             max_num_batched_tokens=4096 if self.on_gpu else max(4096, context),  # of prefixes in one pass
-            enable_chunked_prefill=self.on_gpu,  # the split prefix of a seeded request is an error on a CPU
+            enable_chunked_prefill=self.on_gpu,  # on a CPU a seeded request fails if its prefix is split
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # not the model's own top-p and repetition penalty
+            generation_config="vllm",  # without the model's own top-p and repetition penalty
             enable_lora=bool(lora),
             max_lora_rank=next(rank for rank in LORA_RANKS if rank >= lora),
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,
-            disable_log_stats=False,  # they count what the prefix cache saved; they stay in this process
+            disable_log_stats=False,  # counts of the prefix cache; they stay in this process
             seed=seed,
         )
         if not read_alike(policy.tokenizer, self.llm.get_tokenizer()):
@@ -109,7 +113,7 @@ class VLLMSampler:
             self.asleep = True
 
     def _serve(self) -> None:
-        """Wake up, and bring vLLM's weights to the policy's version."""
+        """Wake vLLM up, and give it the policy's weights if it has others."""
         if self.asleep:
             self.llm.wake_up()
             self.asleep, self.served = False, None
@@ -125,7 +129,7 @@ class VLLMSampler:
                 self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
                 shutil.rmtree(self.adapter.lora_path)
             self.adapter = LoRARequest(f"policy-{number}", number, str(folder))
-        else:  # state_dict names the tied head too
+        else:  # state_dict has the tied head by its own name
             weights = self.policy.lm.state_dict().items()
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
         self.llm.reset_prefix_cache()
@@ -137,13 +141,19 @@ class VLLMSampler:
         return int(counted.get("vllm:prefix_cache_queries", 0) - counted.get("vllm:prefix_cache_hits", 0))
 
     def _record(self, output) -> Sample:
-        ended = "length" if output.finish_reason == "length" else "step" if output.stop_reason == STEP_END else "end"
+        """vLLM's output as a Sample."""
+        ended = "end"
+        if output.finish_reason == "length":
+            ended = "length"
+        elif output.stop_reason == STEP_END:
+            ended = "step"
         tokens = list(output.token_ids)
-        return Sample(tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)], ended)
+        logprobs = [choices[token].logprob for choices, token in zip(output.logprobs, tokens, strict=True)]
+        return Sample(tokens, logprobs, ended)
 
 
 def refusal(lora_rank: int, on_gpu_in_fp32: bool) -> str:
-    """Why vLLM does not serve an adapter of this rank (0: there is none), or nothing."""
+    """Why vLLM does not serve an adapter of rank `lora_rank` (0: no adapter); empty if it does."""
     if lora_rank and on_gpu_in_fp32:
         return "vLLM's adapters need half precision on a GPU: pass --dtype bfloat16, or --sampler torch"
     if lora_rank > LORA_RANKS[-1]:
@@ -152,6 +162,6 @@ def refusal(lora_rank: int, on_gpu_in_fp32: bool) -> str:
 
 
 def read_alike(ours, theirs) -> bool:
-    """Whether two tokenizers read the same tokens alike: vLLM finds </step> in its own decoding."""
+    """Whether two tokenizers decode a step alike. vLLM looks for </step> in the text of its own tokenizer."""
     tokens = ours("<step> 1 + 2 = 3 </step>")["input_ids"]
     return ours.decode(tokens) == theirs.decode(tokens)

@@ -1,14 +1,15 @@
-"""Kill generators and trainers at random moments for ten minutes, and hold what is learnt against runs left alone.
+"""Kill generators and trainers at random moments, and compare what is learnt with undisturbed runs.
 
-    python -m scripts.cluster_test                # 3 runs left alone, then ten minutes of kills: make cluster-test
+    python -m scripts.cluster_test                # 3 undisturbed runs, then ten minutes of kills: make cluster-test
     python -m scripts.cluster_test --minutes 1 --alone 2 --steps 20
 
-Ray is started here, every trainer joins it as a process of its own. In the first runs nothing is killed. Then, for some
-minutes, every few seconds a generator is killed (SIGKILL), a generator is stopped so that it seems to hang (SIGSTOP),
-or the trainer is killed and resumed; a run that comes to its end is followed by one with the next seed. Afterwards
-every shard of every run must have been trained on exactly once, no trajectory may be older than allowed, and the
-validation rewards of disturbed runs should lie in the 95 % interval for one more run of those left alone. With
---max-staleness 0 a disturbed run must end with the very weights of the one left alone that had its seed. Linux.
+Ray is started here; every trainer is a process that joins it. In the first runs nothing is killed. Then, every few
+seconds, one of three things happens: a generator is killed (SIGKILL); a generator is stopped, so that it seems to hang
+(SIGSTOP); or the trainer is killed and resumed. When a run has ended, a run with the next seed follows it.
+
+At the end every shard of every run must have been trained on exactly once, and no trajectory may be older than allowed.
+The validation rewards of disturbed runs should lie in the 95 % interval for one more undisturbed run. With
+--max-staleness 0 a disturbed run must end with exactly the weights of the undisturbed run of its seed. Linux only.
 """
 
 import os
@@ -23,15 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import cli
-from runtime import run_folder
 from config import check
-from runtime.files import check_new
+from runtime import cli
 from runtime.cli import parse
+from runtime.files import check_new
+from runtime.run_folder import read_metrics
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number of runs
 OPTIONS = (
-    "--preset tiny --failures --device cpu --tokens 0 --problems 24 --shards 3 --tree.simulations 16 --checkpoints 20 "
+    "--preset tiny --failures --device cpu --tokens 0 --problems 24 --shards 3 --simulations 16 --checkpoints 20 "
     "--evaluations 5 --eval-problems 100 --eval-samples 4 --test-problems 20 --test-samples 1 --no-test-before "
     "--cluster auto --generator-timeout 30"
 )
@@ -39,11 +40,11 @@ OPTIONS = (
 
 @dataclass
 class ClusterTest:
-    """Kill generators and trainers, and see what becomes of their runs."""
+    """Kill generators and trainers, and check what their runs have learnt."""
 
     minutes: float = 10.0  # of kills
     every: float = 10.0  # seconds between kills, on average
-    alone: int = 3  # runs that are left alone
+    alone: int = 3  # undisturbed runs
     steps: int = 60
     generators: int = 3
     max_staleness: int = 1
@@ -65,14 +66,15 @@ def options(test: ClusterTest, seed: int) -> list[str]:
 
 
 def trainer(test: ClusterTest, folder: Path, seed: int) -> subprocess.Popen:
-    """Begin or go on with a run, in a process of its own."""
-    command = ["--resume", str(folder)] if (folder / "config.json").exists() else options(test, seed)
+    """Start or resume a run, in a process of its own."""
+    resume = (folder / "config.json").exists()
+    command = ["--resume", str(folder)] if resume else [*options(test, seed), "--out", str(folder)]
     with folder.with_suffix(".log").open("a") as log:
-        return subprocess.Popen([sys.executable, "ppo.py", *command, "--out", str(folder)], stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, "ppo.py", *command], stdout=log, stderr=log)
 
 
 def generators() -> dict[int, str]:
-    """The generators that descend from this process, and what they are doing: load, collect or nothing."""
+    """The process ids of the generators that descend from this process, and what they do: load, collect or nothing."""
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -80,14 +82,14 @@ def generators() -> dict[int, str]:
             titles[int(folder.name)] = (folder / "cmdline").read_text().strip("\0 ")
         except OSError:  # it has ended meanwhile
             continue
-    found = {}
+    doing = {}
     for pid, title in titles.items():
         above = pid
         while above and above != os.getpid():
             above = parents.get(above, 0)
         if above and title.startswith("ray::Generator"):
-            found[pid] = title.partition(".")[2] or "nothing"
-    return found
+            doing[pid] = title.partition(".")[2] or "nothing"
+    return doing
 
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
@@ -96,7 +98,7 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
 
 
 def disturb(test: ClusterTest, rng: random.Random) -> tuple[list[Path], Counter]:
-    """Runs under kills, until the time is over, and what was killed."""
+    """Runs under kills until the time is over. Returns their folders, and how often what was killed."""
     folders, killed = [], Counter()
     ends = time.monotonic() + 60 * test.minutes
     while time.monotonic() < ends:
@@ -110,17 +112,17 @@ def disturb(test: ClusterTest, rng: random.Random) -> tuple[list[Path], Counter]
                 process.wait()
                 killed["trainer"] += 1
                 process = trainer(test, folders[-1], len(folders) - 1)
-            elif what != "trainer" and (there := generators()):
-                pid = rng.choice(sorted(there))
+            elif what != "trainer" and (doing := generators()):
+                pid = rng.choice(sorted(doing))
                 os.kill(pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
-                killed[f"generator {'stopped' if what == 'stop' else 'killed'} in {there[pid]}"] += 1
+                killed[f"generator {'stopped' if what == 'stop' else 'killed'} in {doing[pid]}"] += 1
         finish(process, folders[-1])
     return folders, killed
 
 
 def account(test: ClusterTest, folder: Path) -> str:
-    """What is wrong with a run's accounts, or nothing."""
-    rows = [row for row in run_folder.read_metrics(folder) if "shards" in row]
+    """What is wrong with the shards that a run has trained on; empty if nothing is."""
+    rows = [row for row in read_metrics(folder) if "shards" in row]
     trained = Counter(tuple(shard) for row in rows for shard in row["shards"])
     expected = {(step, number) for step in range(test.steps) for number in range(3)}
     lost, doubled = len(expected - trained.keys()), sum(times > 1 for times in trained.values())
@@ -133,7 +135,7 @@ def weights(folder: Path) -> list[bytes]:
 
 
 def curve(folder: Path) -> list[float]:
-    return [row["eval_reward"] for row in run_folder.read_metrics(folder) if "eval_reward" in row]
+    return [row["eval_reward"] for row in read_metrics(folder) if "eval_reward" in row]
 
 
 def main() -> None:
@@ -154,9 +156,9 @@ def main() -> None:
     for folder in disturbed:
         show(folder)
     print("\n" + "; ".join(f"{times} times {what}" for what, times in killed.most_common()))
-    wrong = [f"{folder.name}: {found}" for folder in (*alone, *disturbed) if (found := account(test, folder))]
+    wrong = [f"{folder.name}: {error}" for folder in (*alone, *disturbed) if (error := account(test, folder))]
     if not test.max_staleness:
-        wrong += [f"{two.name}: other weights" for one, two in zip(alone, disturbed) if weights(one) != weights(two)]
+        wrong += [f"{b.name}: other weights" for a, b in zip(alone, disturbed) if weights(a) != weights(b)]
     curves = np.array([curve(folder) for folder in alone])  # [runs, evaluations]
     mean, spread = curves.mean(0), curves.std(0, ddof=1) * np.sqrt(1 + 1 / len(alone)) * STUDENT[len(alone)]
     print("interval   " + ", ".join(f"[{m - s:+.3f}, {m + s:+.3f}]" for m, s in zip(mean, spread)))
@@ -164,11 +166,11 @@ def main() -> None:
     print(f"{outside} of {len(disturbed) * len(mean)} evaluations of disturbed runs outside")
     print(f"accounts: {'; '.join(wrong) or 'right'}")
     if wrong:
-        cli.fail("a run lost something")
+        cli.fail("a run has lost shards, or trained on some twice")
 
 
 def show(folder: Path) -> None:
-    rows = [row for row in run_folder.read_metrics(folder) if "shards" in row]
+    rows = [row for row in read_metrics(folder) if "shards" in row]
     restarts, dropped = (sum(row[key] for row in rows) for key in ("restarts", "dropped"))
     points = ", ".join(f"{value:+.3f}" for value in curve(folder))
     print(

@@ -1,11 +1,11 @@
-"""Kill training runs at random moments, go on with them, and hold what comes out against a run left alone.
+"""Kill training runs at random moments, resume them, and compare their results with those of an undisturbed run.
 
     python -m scripts.crash_test                      # 20 runs, one to four kills each: make crash-test
     python -m scripts.crash_test --runs 1 --kills 3   # what the tests do
 
-A run is a process of its own, forked here to save the imports, and killed by SIGKILL from outside a random moment after
-it has begun a search, an update, a checkpoint, an evaluation or a line of metrics. Final and best policy, the
-optimiser's state and every figure of metrics.jsonl but times must be those of the run that nobody killed.
+Each run is a process that is forked here, which saves the imports. SIGKILL ends it a random moment after it has begun a
+search, an update, a checkpoint, an evaluation or a line of metrics. The final and the best policy, the optimiser's
+state and all of metrics.jsonl but times must be those of the run that was not killed.
 """
 
 import json
@@ -22,23 +22,22 @@ from pathlib import Path
 
 import torch
 
-from runtime import session
 import ppo
-from runtime import cli
-from runtime import run_folder
 from config import check
+from runtime import cli, run_folder, session
 from runtime.files import check_new
+from runtime.launch import Trainer, launch
 
-# what begins, and the seconds after which it is over at the latest
+# the function that a phase is, and the seconds that it takes at most
 PHASES = {
     "search": (ppo, "search", 0.15),
     "update": (ppo, "update", 0.06),
     "checkpoint": (run_folder.Run, "publish", 0.08),
-    "evaluation": (session.Session, "measure", 0.1),
+    "evaluation": (session.Session, "score", 0.1),
     "metrics": (run_folder.Run, "log", 0.01),
 }
 OPTIONS = (
-    "--preset tiny --device cpu --steps 6 --tokens 0 --problems 4 --max-tokens 64 --tree.simulations 32 --warmup 0 "
+    "--preset tiny --device cpu --steps 6 --tokens 0 --problems 4 --max-tokens 64 --simulations 32 --warmup 0 "
     "--train-problems 50 --evaluations 3 --eval-problems 8 --eval-samples 2 --test-problems 8 --test-samples 2 "
     "--checkpoints 3 --failures"
 )
@@ -46,7 +45,7 @@ OPTIONS = (
 
 @dataclass
 class CrashTest:
-    """Kill training runs and go on with them."""
+    """Kill training runs and resume them."""
 
     runs: int = 20
     kills: int = 0  # of each run; 0: one to four
@@ -60,28 +59,31 @@ class CrashTest:
 
 
 def announce(phase: str, number: int, pipe: int) -> None:
-    """From here on the beginning and the end of a phase, the `number`-th time, are told through the pipe."""
+    """From now on a phase writes to the pipe when it begins and ends, the `number`-th time that it is called."""
     owner, name, _ = PHASES[phase]
     function, calls = getattr(owner, name), count(1)
 
-    def told(*args, **options):
-        is_it = next(calls) == number
-        os.write(pipe, b"(" * is_it)
+    def announced(*args, **options):
+        is_announced = next(calls) == number
+        if is_announced:
+            os.write(pipe, b"(")
         result = function(*args, **options)
-        os.write(pipe, b")" * is_it)
+        if is_announced:
+            os.write(pipe, b")")
         return result
 
-    setattr(owner, name, told)
+    setattr(owner, name, announced)
 
 
 def train(options: list[str], log: Path) -> None:
-    """In a forked process: `python ppo.py`, what it prints in a file."""
+    """In a forked process: `python ppo.py` with its output in a file."""
     code = 1
     try:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        cli.command(lambda: launch.launch(ppo.COLLECTORS, options, "mcts"))
+        trainer = Trainer(ppo.train, ppo.update, ppo.make_optimizer, ppo.set_rate)
+        cli.command(lambda: launch(options, "mcts", ppo.COLLECTORS, trainer))
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -93,30 +95,31 @@ def train(options: list[str], log: Path) -> None:
 
 
 def attempt(folder: Path, phase: str = "search", number: int = 0, delay: float = 0.0) -> str:
-    """Begin or go on with a run, kill it `delay` seconds into a phase: "inside" it, "after" it, or not: "finished"."""
-    begun = (folder / "config.json").exists()
-    options = ["--resume", str(folder)] if begun else [*OPTIONS.split(), "--out", str(folder)]
-    ours, theirs = os.pipe()
+    """Start or resume a run, and kill it `delay` seconds after a phase has begun. Returns where the kill fell: "inside"
+    the phase, "after" it, or "finished" if the run has ended before."""
+    resume = (folder / "config.json").exists()
+    options = ["--resume", str(folder)] if resume else [*OPTIONS.split(), "--out", str(folder)]
+    reader, writer = os.pipe()
     log = folder.with_suffix(".log")
     if (child := os.fork()) == 0:
-        os.close(ours)
-        announce(phase, number, theirs)
+        os.close(reader)
+        announce(phase, number, writer)
         train(options, log)
-    os.close(theirs)
-    begun = os.read(ours, 1)  # empty if the run has ended before
+    os.close(writer)
+    begun = os.read(reader, 1)  # empty if the run has ended before
     if begun:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    ended = os.read(ours, 1)
-    os.close(ours)
+    ended = os.read(reader, 1)
+    os.close(reader)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise ValueError(f"{' '.join(options)} failed: {log} says why")
     return "finished" if os.WIFEXITED(status) else "after" if ended else "inside"
 
 
 def outcome(folder: Path) -> dict:
-    """What a run has left behind that must not depend on its kills. A torn line of metrics is an error."""
+    """The results of a run that must not depend on kills. A torn line of metrics is an error."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if not is_time(key)} for line in lines]
     files = {
@@ -132,43 +135,45 @@ def is_time(key: str) -> bool:
 
 
 def crash(test: CrashTest, number: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Kill one run several times, then let it end; where the kills fell."""
-    folder, fell = test.out / f"{number:02d}", []
+    """Kill one run several times, then let it end. Returns the phases of the kills, and where each kill fell."""
+    folder, kills = test.out / f"{number:02d}", []
     for _ in range(test.kills or rng.randint(1, 4)):
         phase = rng.choice(list(PHASES))
-        found = attempt(folder, phase, rng.randint(1, 3), rng.uniform(0, PHASES[phase][2]))
-        if found == "finished":
+        where = attempt(folder, phase, rng.randint(1, 3), rng.uniform(0, PHASES[phase][2]))
+        if where == "finished":
             break
-        fell.append((phase, found))
+        kills.append((phase, where))
     attempt(folder)
-    return fell
+    return kills
 
 
 def main() -> None:
     test = cli.read_config(CrashTest)
-    torch.set_num_threads(1)  # one that forked from several would hang
+    torch.set_num_threads(1)  # a fork of a process with several would hang
     began, rng, bad = time.perf_counter(), random.Random(test.seed), 0
     test.out.mkdir(parents=True)
     attempt(test.out / "whole")
     expected = outcome(test.out / "whole")
     if not any("gradient_norm" in row for row in expected["metrics"]):
-        raise ValueError("the run left alone has learnt nothing: the kills of such runs would show nothing")
+        raise ValueError("the undisturbed run has learnt nothing: kills would show nothing")
     print("| run | killed during | weights | optimiser | metrics |\n|---|---|---|---|---|", flush=True)
-    everywhere = Counter()
+    all_kills = Counter()
     for number in range(test.runs):
-        fell = crash(test, number, rng)
-        everywhere.update(fell)
-        found = outcome(test.out / f"{number:02d}")
-        same = {key: "same" if found[key] == expected[key] else "DIFFERENT" for key in expected}
+        kills = crash(test, number, rng)
+        all_kills.update(kills)
+        result = outcome(test.out / f"{number:02d}")
+        same = {key: "same" if result[key] == expected[key] else "DIFFERENT" for key in expected}
         bad += "DIFFERENT" in same.values()
-        where = ", ".join(phase if how == "inside" else f"after {phase}" for phase, how in fell)
-        print(f"| {number} | {where} | {' | '.join(same.values())} |", flush=True)
-    inside = sum(times for (_, how), times in everywhere.items() if how == "inside")
-    kills = ", ".join(f"{everywhere[phase, 'inside'] + everywhere[phase, 'after']} {phase}" for phase in PHASES)
+        phases = ", ".join(phase if where == "inside" else f"after {phase}" for phase, where in kills)
+        print(f"| {number} | {phases} | {' | '.join(same.values())} |", flush=True)
+    inside = sum(times for (_, where), times in all_kills.items() if where == "inside")
+    by_phase = ", ".join(f"{all_kills[phase, 'inside'] + all_kills[phase, 'after']} {phase}" for phase in PHASES)
     seconds = time.perf_counter() - began
-    print(f"\n{everywhere.total()} kills ({kills}; {inside} inside), {bad} of {test.runs} runs differ, {seconds:.0f} s")
+    print(
+        f"\n{all_kills.total()} kills ({by_phase}; {inside} inside), {bad} of {test.runs} runs differ, {seconds:.0f} s"
+    )
     if bad:
-        cli.fail(f"{bad} runs did not end like the one left alone")
+        cli.fail(f"{bad} runs did not end like the undisturbed one")
 
 
 if __name__ == "__main__":

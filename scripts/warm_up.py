@@ -1,13 +1,14 @@
-"""A short supervised warm-up: a chat model learns the game's format from written games, before any reinforcement.
+"""A short supervised warm-up: a chat model learns the format of answers from written games, before any training run.
 
     make smollm2
     python -m scripts.warm_up models/smollm2 models/smollm2-warm      # minutes on a data-centre GPU, a day on two cores
 
-A small chat model that has never seen the format never answers in it, so neither search nor samples find anything to
-learn from. The games are pretrain.py's: random plays of training multisets, of which `on_target` state their own result
-as the target and the rest another, so that format and arithmetic are taught and the search for a way is not. Whoever
-compares methods from here says so, and gives all of them the same start. FOLDER.part is the model of the last hundred
-steps until it is finished.
+A small chat model that has never seen the format never answers in it. Then no answer earns a reward, and neither a
+search nor samples teach anything. The games are those of experiments/pretrain.py: random plays with the numbers of
+training problems. A share `on_target` of the games states its own result as the target; the others state another
+target. So the games teach format and arithmetic, and not how a target is found. A comparison of methods that starts
+from here gives all methods the same start, and says so. Until the end the newest weights, of every hundredth step, are
+in FOLDER.part.
 """
 
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from runtime import cli
 from config import check
-from runtime.files import check_new
 from countdown import check_game
-from runtime.loading import load_policy, locate, pick_device
 from experiments.pretrain import PretrainConfig, games
+from runtime import cli
+from runtime.files import check_new
+from runtime.loading import load_policy, locate, pick_device
 
 
 @dataclass
@@ -30,10 +31,10 @@ class WarmUpConfig:
     """Train all weights of a chat model on written games."""
 
     model: tyro.conf.Positional[Path]  # Hugging Face name or folder
-    folder: tyro.conf.Positional[Path]  # to be written, whole or not at all
+    folder: tyro.conf.Positional[Path]  # folder of the new model, written whole or not at all
     steps: int = 400
     batch: int = 128  # games a step
-    learning_rate: float = 3e-4  # AdamW; up in a tenth of the steps, linear to 0
+    learning_rate: float = 3e-4  # of AdamW: rises over the first tenth of the steps, then falls to 0
     on_target: float = 0.45  # share of games that state their own result as the target
     seed: int = 0
     device: str = "auto"
@@ -50,12 +51,12 @@ class WarmUpConfig:
 
     @property
     def part(self) -> Path:
-        """Where the model is before it is finished."""
+        """The folder of the unfinished model."""
         return self.folder.with_name(f"{self.folder.name}.part")
 
 
 def warm_up(config: WarmUpConfig) -> list[float]:
-    """Writes the folder; returns the loss of each step, nats a token."""
+    """Train the model and write the folder; returns the loss of each step, in nats a token."""
     device = pick_device(config.device)
     policy = load_policy(config.model, device=device, train=False)
     if policy.lora:
@@ -74,7 +75,7 @@ def warm_up(config: WarmUpConfig) -> list[float]:
         ]
         batch = policy.batch([policy.encode(problem) for problem in problems], completions)
         with torch.autocast(device, torch.bfloat16):
-            logprobs, _, _ = policy.logprobs_and_values(batch, critic=False)  # [B, T]
+            logprobs, _ = policy.logprobs(*policy.states(batch), temperature=1.0)  # [B, T]
         loss = -(logprobs * batch.completion).sum() / batch.completion.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)

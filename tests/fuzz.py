@@ -19,8 +19,8 @@ from fractions import Fraction
 from random import Random
 
 import countdown
-from runtime import cli
 from countdown import Problem, prompt
+from runtime import cli
 
 # ------------------------------------------------------------------------------------------------ the oracle
 

@@ -1,7 +1,5 @@
 """Tests of baselines.py: what each rival hands to the shared trainer. Whole runs are in test_ppo.py."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,8 @@ from hypothesis import strategies as st
 import baselines
 from baselines import collect_best_of_n, collect_groups
 from distill import group_advantages
+from ppo import sample_answers
+from runtime.launch import Trainer
 from runtime.torch_sampler import TorchSampler
 
 REWARDS = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16)
@@ -56,20 +56,20 @@ def test_equal_rewards_have_no_advantage(reward, count):
 
 def test_best_of_n_keeps_the_best_sample_and_pays_for_all(policy, answers, problems, tiny_config):
     """Prevents the wrong sample from being distilled, and a method that looks cheaper than it is."""
-    config = tiny_config(search="best-of-n", samples=12)
+    config = tiny_config("best-of-n", samples=12)
     best, usage, info = collect_best_of_n(policy, answers, problems, config, np.random.default_rng(0))
     assert [t.problem for t in best] == problems
     assert [t.reward.value for t in best] == [1.0, -0.9, -0.9, -0.9]
-    assert {t.advantages for t in best} == {None} and {t.source for t in best} == {"best-of-n"}
+    assert {t.advantages for t in best} == {None}
     assert info == {"solved": 0.25}
-    rows, _ = baselines.sample_rows(policy, answers, problems, 12, config, np.random.default_rng(0))
+    rows, _ = sample_answers(policy, answers, problems, 12, config, np.random.default_rng(0))
     assert usage.generated == sum(len(t.completion) for row in rows for t in row)
     assert best[0] == next(t for t in rows[0] if t.reward.correct), "the first of equals"
 
 
 def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, answers, problems, tiny_config):
     """Prevents groups without a lesson (the mean of 13 times -0.9 is not -0.9) that dilute the step, or cut groups."""
-    config = tiny_config(search="cispo", samples=13)
+    config = tiny_config("cispo", samples=13)
     found, usage, info = collect_groups(policy, answers, problems, config, np.random.default_rng(0))
     assert [t.problem for t in found] == [problems[0]] * 13
     rewards = [t.reward.value for t in found]
@@ -82,15 +82,16 @@ def test_groups_of_equal_rewards_are_left_out_and_the_others_are_whole(policy, a
     assert usage.prefilled == sum(len(policy.encode(p)) for p in problems)
 
 
-@pytest.mark.parametrize(("min_p", "fewest", "most"), [(0.0, 1, 6), (1e-30, 6, 6), (1.0, 1, 1)])
-def test_distinct_samples_are_those_that_min_p_leaves(moved, problems, tiny_config, min_p, fewest, most):
-    """Prevents samples that are paid for twice where --min-p asks for different ones, and unlikely ones among them."""
-    config, sampler = tiny_config(search="best-of-n", min_p=min_p), TorchSampler(moved)
-    rows, _ = baselines.sample_rows(moved, sampler, problems, 6, config, np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("cutoff", "samples", "fewest", "most"), [(None, 6, 1, 6), (0.0, 6, 6, 6), (1e-30, 6, 6, 6), (1.0, 1, 1, 1)]
+)
+def test_distinct_samples_are_those_that_the_cutoff_leaves(moved, problems, tiny_config, cutoff, samples, fewest, most):
+    """Prevents samples that are paid for twice where --cutoff asks for different ones, and unlikely ones among them."""
+    config, sampler = tiny_config("best-of-n", cutoff=cutoff), TorchSampler(moved)
+    rows, _ = sample_answers(moved, sampler, problems, 6, config, np.random.default_rng(0))
     for row in rows:
         assert fewest <= len({tuple(t.completion) for t in row}) <= most
-        assert len(row) == (6 if min_p < 1 else 1)
-    assert config.distinct == (min_p > 0)
+        assert len(row) == samples
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -100,13 +101,19 @@ def test_distinct_samples_are_those_that_min_p_leaves(moved, problems, tiny_conf
 def test_the_named_method_runs_with_all_options_and_can_be_resumed(method, monkeypatch):
     """Prevents a method under another's name, and options or --resume that are lost on the way."""
     seen = []
-    monkeypatch.setattr(baselines, "run", lambda *args: seen.append(args))
-    for args in (["--method", method, "--seed", "2"], ["--seed=2", f"--method={method}"], ["--resume", "runs/x"]):
-        monkeypatch.setattr(sys, "argv", ["baselines.py", *args])
-        baselines.main()
-    assert [args[1] for args in seen] == [
-        ["--search", method, "--seed", "2"],
-        ["--seed=2", f"--search={method}"],
-        ["--resume", "runs/x"],
-    ]
-    assert all(args[0] == baselines.COLLECTORS for args in seen)
+    monkeypatch.setattr(baselines, "launch", lambda *args: seen.append(args))
+    commands = (["--method", method, "--seed", "2"], ["--seed=2", f"--method={method}"], ["--resume", "runs/x"])
+    for args in commands:
+        baselines.main(args)
+    assert [args for args, *_ in seen] == list(commands)
+    trainer = Trainer(baselines.train, baselines.update, baselines.make_optimizer, baselines.set_rate)
+    assert all(rest[1:] == [baselines.COLLECTORS, trainer] for _, *rest in seen)
+
+
+@pytest.mark.parametrize("args", [[], ["--seed", "2"], ["--method", "mcts"], ["--method"], ["--method=none"]])
+def test_a_program_of_several_methods_asks_for_one(args, capsys):
+    """Prevents best-of-n from running where another method, or none, was named."""
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: pass --method best-of-n | cispo | grpo, and options of ppo.py\n"

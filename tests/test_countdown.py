@@ -4,10 +4,13 @@ simulation of the post and a brute force over subsets, both written here from sc
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations_with_replacement, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,9 @@ from hypothesis import strategies as st
 
 import countdown
 from countdown import Problem, Reward, follow, make_problems, make_splits, play_distribution, read_problems, verify
+from scripts import make_data
 
+ROOT = Path(__file__).parents[1]
 FIVES = Problem((2, 3, 5, 10), 25)  # 5 * (2 + 3) = 25
 GAMES = st.lists(st.integers(1, 13), min_size=1, max_size=4).map(tuple)
 
@@ -265,9 +270,10 @@ def test_a_bad_line_of_a_data_file_is_named(tmp_path, line):
         read_problems(path)
 
 
-def test_command_line_writes_what_the_reader_reads(tmp_path, capsys):
+def test_make_data_writes_what_the_reader_reads(tmp_path, capsys):
+    """Prevents files that evaluate.py can't read, or whose problems are not those of a training run."""
     sizes = {"train": 40, "validation": 5, "test": 10, "plays": 200, "seed": 3}
-    countdown.main(countdown.DataConfig(out=tmp_path / "new" / "data", preview=2, **sizes))
+    make_data.main(make_data.DataConfig(out=tmp_path / "new" / "data", preview=2, **sizes))
     for name, problems in make_splits(**sizes).items():
         assert read_problems(tmp_path / "new" / "data" / f"{name}.jsonl") == problems
     printed = capsys.readouterr().out
@@ -276,6 +282,16 @@ def test_command_line_writes_what_the_reader_reads(tmp_path, capsys):
     assert len(solved) == 2
     for numbers, target, solution in solved:
         assert answer(solution, Problem(tuple(json.loads(f"[{numbers}]")), int(target))).correct
+
+
+@pytest.mark.parametrize("program", [["-m", "scripts.make_data"], ["scripts/make_data.py"]])
+def test_make_data_runs_as_a_module_and_as_a_file(tmp_path, program):
+    """Prevents the ModuleNotFoundError of a script in a folder of its own."""
+    sizes = "--train 9 --validation 0 --test 2 --plays 50 --preview 1".split()
+    command = [sys.executable, *program, "--out", str(tmp_path), *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 4
+    assert len(read_problems(tmp_path / "train.jsonl")) == 9
 
 
 # ------------------------------------------------------------------------------------------------ prompt

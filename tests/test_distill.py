@@ -1,19 +1,24 @@
 """Tests of distill.py on trees made by hand: which answers are taught, with which advantages and returns a token."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from test_mcts import node, tree_of
 from torch.testing import assert_close
 
-from config import Config
+from config import LESSONS as NAMES
+from config import LearningConfig, SearchConfig
 from countdown import Problem, Reward
 from distill import LESSONS, best_answer, group_advantages, most_visited_path, tree_values
-from ppo import batch_loss
-from config import SearchConfig
+from ppo import batch_loss, make_batches
+from runtime.micro_batches import MicroBatches
 from sampling import Trajectory
+
+
+def test_every_lesson_has_its_name():
+    """Prevents a setting that no lesson answers to, and a lesson that no setting names."""
+    assert tuple(LESSONS) == NAMES
+
 
 # ------------------------------------------------------------------------------------------------ one answer
 
@@ -28,9 +33,11 @@ def test_best_path_ends_in_an_answer():
 
 def test_best_answer_is_the_maximum():
     """The most-visited answer instead of the best; ties go to the more visited one."""
-    rare, often, best = node(1, 1.0, reward=1.0), node(4, 1.0, reward=1.0), node(9, 0.5, reward=0.5)
+    rare, often = node(1, 1.0, reward=1.0, tokens=[1]), node(4, 1.0, reward=1.0, tokens=[2])
+    best = node(9, 0.5, reward=0.5, tokens=[3])
     tree = tree_of(node(15, 0.7, [best, rare, node(5, 1.0, [often])]))
-    assert best_answer(tree, SearchConfig()) is often
+    (taught,) = best_answer(tree, SearchConfig())
+    assert (taught.completion, taught.reward) == ([2], often.reward)
     assert most_visited_path(tree, SearchConfig()) is best
 
 
@@ -49,8 +56,8 @@ def tree():
 
 def lessons(tree, name):
     """(completion, advantages, returns) of each lesson, the shortest completion first."""
-    found = LESSONS[name](tree, SearchConfig())
-    return sorted(((x.answer.completion(), x.advantages, x.returns) for x in found), key=lambda x: len(x[0]))
+    taught = LESSONS[name](tree, SearchConfig())
+    return sorted(((x.completion, x.advantages, x.returns) for x in taught), key=lambda x: len(x[0]))
 
 
 LATE, WRONG, RIGHT = [4], [1, 2, 3, 7], [1, 2, 3, 5, 6]
@@ -103,8 +110,24 @@ def test_best_path_tree_teaches_the_policy_one_answer_and_the_critic_all(tree):
     assert not any(lesson.critic_only for lesson in LESSONS["every-answer"](tree, SearchConfig()))
     assert lessons(tree, "best-path-tree") == list(zip([LATE, WRONG, RIGHT], [None] * 3, RETURNS))
     found = LESSONS["best-path-tree"](tree, SearchConfig())
-    assert [x.answer.completion() for x in found if not x.critic_only] == [RIGHT]
+    assert [x.completion for x in found if not x.critic_only] == [RIGHT]
     assert LESSONS["best-path-tree"](tree_of(node(1, 0.0)), SearchConfig()) == []
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_trajectory_is_the_answer_of_its_tree(name):
+    """Prevents log-probabilities of another step, and answers taught with another problem, prompt or reward."""
+    right = node(1, 1.0, reward=1.0, tokens=[3], logprobs=[-0.25], length=3)
+    step = node(2, 0.5, [right], tokens=[1, 2], logprobs=[-1.0, -2.0], length=2)
+    wrong = node(1, -1.0, reward=-1.0, tokens=[4], logprobs=[-3.0], length=1)
+    tree = tree_of(node(4, 0.0, [step, wrong]))
+    tree.prompt = [7, 8]
+    taught = {tuple(x.completion): x for x in LESSONS[name](tree, SearchConfig())}
+    for answer in (right, wrong) if len(taught) == 2 else (right,):
+        made = taught.pop(tuple(answer.completion()))
+        assert (made.problem, made.prompt, made.reward) == (tree.problem, [7, 8], answer.reward)
+        assert made.logprobs == ([-1.0, -2.0, -0.25] if answer is right else [-3.0])
+    assert not taught
 
 
 # ------------------------------------------------------------------------------------------------ in the loss
@@ -117,9 +140,9 @@ def test_the_critic_learns_the_returns_that_it_is_given(moved, fixed):
     right, made = Reward(1.0, True, True, ""), []
     for r in returns:
         tokens, advantages = rng.integers(2, 99, len(r)).tolist(), [2.0] * len(r) if fixed else None
-        made.append(Trajectory(Problem((1, 2), 3), [7, 8], tokens, [-1.0] * len(r), right, 0, "steps", advantages, r))
-    config = replace(Config(), normalize="token")
-    values = [moved.logprobs_and_values(moved.batch([t.prompt], [t.completion]))[1][0].detach() for t in made]
+        made.append(Trajectory(Problem((1, 2), 3), [7, 8], tokens, [-1.0] * len(r), right, advantages, r))
+    states = [moved.states(moved.batch([t.prompt], [t.completion]))[0] for t in made]  # [1, T, H] each
+    values = [moved.value_head(hidden)[0].detach() for hidden in states]
     expected = sum(((v - torch.tensor(r)) ** 2).sum() for v, r in zip(values, returns)) / 4
-    _, means = batch_loss(moved, made, config, made)
-    assert_close(means["value_loss"], expected)
+    batches = make_batches(moved, made, learning := LearningConfig(normalize="token"), MicroBatches())
+    assert_close(sum(batch_loss(moved, batch, learning)[1]["value_loss"] for batch in batches), expected)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import evaluate as module
+from config import SearchConfig
 from countdown import Problem, Reward
 from evaluate import best_of_budget, score_policy, score_search
+from runtime import evaluation, scores
 from runtime.scores import Score, bootstrap
-from config import SearchConfig
 from runtime.torch_sampler import TorchSampler
 from sampling import Usage
 
@@ -45,7 +46,7 @@ def test_bootstrap_interval_is_the_normal_one_where_that_is_right():
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
     """Prevents error bars that promise too much."""
-    monkeypatch.setattr(module, "DRAWS", 500)
+    monkeypatch.setattr(scores, "DRAWS", 500)
     rng = np.random.default_rng(0)
     intervals = [bootstrap(rng.binomial(4, 0.3, 60) / 4) for _ in range(300)]
     assert 0.91 <= np.mean([low <= 0.3 <= high for low, high in intervals]) <= 0.98
@@ -82,12 +83,12 @@ def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer,
     """Prevents scores that change with the size of a block of problems, and the same draws for every problem."""
     sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("", 0.5))
     problems = [Problem((2, 3), 5)] * 20
-    scores = []
-    for chunk in (64, 7):
+    first, second = [], []
+    for chunk, results in ((64, first), (7, second)):
         monkeypatch.setattr(module, "CHUNK", chunk)
-        scores.append(score_policy(policy, sampler, problems, samples=4))
-    assert scores[0] == scores[1] and scores[0].mean_low < scores[0].mean_at_k < scores[0].mean_high
-    assert score_policy(policy, sampler, problems, samples=4, seed=1) != scores[0]
+        results.append(score_policy(policy, sampler, problems, samples=4))
+    assert first == second and first[0].mean_low < first[0].mean_at_k < first[0].mean_high
+    assert score_policy(policy, sampler, problems, samples=4, seed=1) != first[0]
 
 
 @pytest.mark.parametrize(("method", "budget"), [("mcts", 40), ("best-of-n", 9)])
@@ -111,11 +112,11 @@ def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems,
     sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("<answer> 2 </answer>", 0.3), ("", 0.2))
     config, sample, seconds = SearchConfig(token_budget=budget, temperature=0.7), sampler.sample, []
 
-    def timed(prompts, n, seeds, max_tokens, temperature, **options):
-        assert temperature == 0.7
-        found, used = sample(prompts, n, seeds, max_tokens, temperature, **options)
+    def timed(prompts, seeds, params):
+        assert params.temperature == 0.7
+        rows, used = sample(prompts, seeds, params)
         seconds.append(0.25)
-        return found, replace(used, seconds=0.25)
+        return rows, replace(used, seconds=0.25)
 
     sampler.sample = timed
     rows, usage = best_of_budget(policy, sampler, problems, config, [1, 2, 3, 4])
@@ -193,7 +194,7 @@ def command(monkeypatch, *args):
         ("none", "--dtype bfloat16"),
         ("none", "--quantize nf4"),
         ("mcts", ""),
-        ("mcts", "--distinct --min-p 0.02 --children 8 --workers 2 --prior mean"),
+        ("mcts", "--cutoff 0.02 --children 8 --workers 2 --prior mean"),
         ("best-of-n", ""),
     ],
 )
@@ -207,8 +208,8 @@ def test_command_line_prints_and_writes_a_result_for_each_budget(
     own = ("--samples", 2) if search == "none" else ("--budget", 40, 800)
     command(monkeypatch, checkpoint, "--search", search, "--data", data, "--out", out, *own, *more.split())
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert (result["search"], result["max_tokens"]) == (search, 8)
-    assert result["budget"] == ([1024] if search == "none" else [40, 800])
+    assert (result["method"], result["max_tokens"]) == (search, 8)
+    assert result.get("budget") == (None if search == "none" else [40, 800])
     assert (result["problems"], result["size"]) == (3, None)
     assert {"torch", "commit"} <= result["provenance"].keys()
     assert len(result["scores"]) == (1 if search == "none" else 2)
@@ -226,21 +227,21 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     (tmp_path / "policy").symlink_to(checkpoint)
     asked = []
     monkeypatch.setattr(
-        module, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)] * 3
+        evaluation, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)] * 3
     )
     command(monkeypatch, tmp_path, "--problems", 5)
     command(monkeypatch, tmp_path, "--problems", 5, "--skip", 2)
     assert asked == [((5, "test"), {"size": 4}), ((7, "test"), {"size": 4})]
     assert capsys.readouterr().out.count("mean@16") == 2
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.json").write_text('{"max_tokens": 512}')
+    (tmp_path / "config.json").write_text('{"task": {"max_tokens": 512}}')
     for model in (tmp_path, tmp_path / "policy"):
         with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
             command(monkeypatch, model)
-    (tmp_path / "config.json").write_text('{"size": 3}')
+    (tmp_path / "config.json").write_text('{"task": {"size": 3}}')
     with pytest.raises(ValueError, match="has learnt the game with 3 numbers: pass --size 3"):
         command(monkeypatch, tmp_path)
-    (tmp_path / "config.json").write_text('{"split": "post"}')
+    (tmp_path / "config.json").write_text('{"task": {"split": "post"}}')
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)
 
@@ -248,9 +249,11 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
 def test_what_is_measured_is_what_was_asked_for(checkpoint, monkeypatch):
     """Prevents a seed, a temperature or a choice of problems that is read and not used."""
     asked, score = [], Score.of([[WRONG]], Usage())
-    monkeypatch.setattr(module, "make_problems", lambda n, *_, **__: [Problem((1, 2), i + 1) for i in range(n)])
-    for name in ("evaluate", "evaluate_search"):
-        monkeypatch.setattr(module, name, lambda policy, sampler, *args: asked.append(args) or score)
+    monkeypatch.setattr(evaluation, "make_problems", lambda n, *_, **__: [Problem((1, 2), i + 1) for i in range(n)])
+    for name in ("score_policy", "score_search"):
+        monkeypatch.setattr(
+            module, name, lambda policy, sampler, *args, progress: asked.append((*args, progress)) or score
+        )
     options = ("--problems", 2, "--skip", 3, "--temperature", 0.5, "--seed", 7)
     command(monkeypatch, checkpoint, *options, "--samples", 5)
     command(monkeypatch, checkpoint, *options, "--search", "mcts", "--budget", 9)
@@ -267,7 +270,7 @@ def test_a_result_outlives_its_reader(checkpoint, tmp_path, monkeypatch):
     def gone(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(module, "tell", gone)
+    monkeypatch.setattr(module, "show", gone)
     with pytest.raises(BrokenPipeError):
         command(monkeypatch, checkpoint, "--problems", 2, "--samples", 1, "--out", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())

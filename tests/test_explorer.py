@@ -1,4 +1,4 @@
-"""Tests of explorer.py: what a page shows is what was searched, and a model's text stays text."""
+"""Tests of experiments/explorer.py: what a page shows is what was searched, and a model's text stays text."""
 
 import json
 import re
@@ -9,28 +9,26 @@ from shutil import which
 import numpy as np
 import pytest
 
-from experiments import explorer
-from runtime import trees
-import explorer
-from experiments import plots
-from config import Config
+from config import TINY, Config
 from countdown import Problem
-from config import TINY
-from runtime.loading import load_policy
-from mcts import search
+from distill import most_visited_path
+from experiments import explorer, plots
+from mcts import plant, search
 from ppo import collect_mcts
+from runtime import trees
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 
-SETTINGS = Config().search_config
+SETTINGS = Config().search
 
 
 @pytest.fixture(scope="module")
 def searched():
     """The embedded policy, and a tree of it."""
     policy, problem = load_policy(TINY, train=False), Problem((5, 4, 5, 12), 116)
-    sampler = TorchSampler(policy)
-    trees, _ = search([problem], [policy.encode(problem)], sampler, sampler.values, policy.grade, SETTINGS, [0])
-    return policy, trees[0]
+    (tree,) = plant(policy, [problem], [0])
+    search([tree], TorchSampler(policy), policy.grade, SETTINGS)
+    return policy, tree
 
 
 def every(node):
@@ -45,7 +43,7 @@ def test_the_page_holds_the_visited_tree(searched):
     assert made["problem"] == "5 4 5 12 → 116" and len(nodes) == len(visited) > 10
     assert sorted(n["visits"] for n in nodes) == sorted(n.visits for n in visited)
     best = [n for n in nodes if n["best"]]
-    assert [n["text"] for n in best] == [policy.decode(n.tokens) for n in explorer.best_path(tree, SETTINGS).path()]
+    assert [n["text"] for n in best] == [policy.decode(n.tokens) for n in most_visited_path(tree, SETTINGS).path()]
     by_text = {n["text"]: n for n in nodes}
     assert by_text["<step> 12 + 5 = 17 left 4 5 17 </step>"]["solvable"] == "no"
     assert made["root"]["solvable"] == "yes" and {n["solvable"] for n in nodes} <= {"yes", "no", "unknown"}
@@ -98,7 +96,7 @@ def test_the_page_opens_draws_and_answers_a_click(searched, tmp_path):
 def test_a_run_dumps_trees_that_plots_render(searched, tmp_path, monkeypatch, capsys):
     """Prevents an option that does nothing, a page from another file, and a traceback for the wrong one."""
     policy, _ = searched
-    config = Config(out=tmp_path, dump_trees=2)
+    config = Config(out=tmp_path).change(dump_trees=2)
     problems = [Problem((2, 3, 5, 10), 25)] * 3
     collect_mcts(policy, TorchSampler(policy), problems, config, np.random.default_rng(0))
     file = tmp_path / "trees" / "000000.json"

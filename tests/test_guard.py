@@ -1,12 +1,11 @@
-"""Tests of guard.py: runs that collapsed are stopped, runs that learn never are."""
+"""Tests of runtime/guard.py: runs that collapsed are stopped, runs that learn never are."""
 
 from pathlib import Path
 
 import pytest
 
-from runtime import run_folder
-from config import Config
 from runtime.guard import Guard
+from runtime.run_folder import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -14,7 +13,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 @pytest.mark.parametrize("run", sorted(RESULTS.rglob("metrics.jsonl*")), ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
     """Prevents a limit that stops a run that learns, and one that lets a lost run spend its budget."""
-    guard, found = Guard(Config().max_kl, Config().patience), run_folder.read_metrics(run.parent)
+    guard, found = Guard(), read_metrics(run.parent)
     stopped = next((row["step"] for row in found if guard.check(row)), None)
     if "stopped" in found[-1]:  # by the guard of its day
         assert stopped and stopped <= found[-1]["step"]
@@ -55,8 +54,8 @@ def test_a_run_stops_after_three_bad_steps_in_a_row(steps, stopped):
 
 def test_the_reason_is_told():
     """Prevents a stop that nobody understands."""
-    guard = Guard(max_kl=5.0, patience=2, knew=True)
+    guard = Guard(max_kl=5.0, patience=2, knew_format=True)
     assert [guard.check(row) for row in rows(0, 0, kl=6.54)] == [
         "",
-        "collapsed, 2 bad steps in a row: KL 6.5 nats a token, --max-kl 5; 0% of the answers have the format",
+        "collapsed, 2 bad steps in a row: KL 6.5 nats a token, the limit is 5; 0% of the answers have the format",
     ]

@@ -41,7 +41,7 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(name, no_network):
 def test_a_missing_model_is_told_in_one_line(name, no_network):
     """Prevents a traceback of transformers where a sentence helps: the hub is out of reach, or has no such model."""
     told = refused(name)
-    assert told.startswith(f"can't load '{name}': no such folder, and not to be had from the Hugging Face hub")
+    assert told.startswith(f"can't load '{name}': no such folder, and not found on the Hugging Face hub")
     assert f"hf download {name} --local-dir FOLDER; then pass the folder" in told
 
 
@@ -101,9 +101,9 @@ def test_adapters_are_told_apart_from_their_base(tmp_path, checkpoint, no_networ
     load_policy(checkpoint, lora_rank=2).save(tmp_path / "a")
     for base, why in {
         None: f"{tmp_path}/a: the adapter doesn't name its base model (adapter_config.json)",
-        "/no/base": f"{tmp_path}/a: its base model is not to be had: there is no folder /no/base",
-        "model.gguf": f"{tmp_path}/a: its base model is not to be had: model.gguf is GGUF: convert it first",
-        "Qwen/no-such": f"{tmp_path}/a: its base model is not to be had: can't load 'Qwen/no-such': no such folder",
+        "/no/base": f"{tmp_path}/a: its base model can't be found: there is no folder /no/base",
+        "model.gguf": f"{tmp_path}/a: its base model can't be found: model.gguf is GGUF: convert it first",
+        "Qwen/no-such": f"{tmp_path}/a: its base model can't be found: can't load 'Qwen/no-such': no such folder",
     }.items():
         edit(tmp_path / "a" / "adapter_config.json", base_model_name_or_path=base)
         assert refused(tmp_path / "a").startswith(why)

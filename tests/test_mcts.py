@@ -1,5 +1,5 @@
 """Tests of mcts.py, on games whose policy, values and rewards are known. Each docstring says which failure it prevents;
-the maths is compared with numbers computed by hand, sequential halving with the published plans of mctx."""
+the maths of selection is in test_selection.py."""
 
 import math
 from dataclasses import replace
@@ -11,29 +11,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mcts
+from config import SearchConfig
 from countdown import Problem, Reward, legal_moves, reachable, solvable
 from distill import LESSONS, best_answer, most_visited_path
-from config import SearchConfig
 from mcts import Node, Tree
 from sampling import Sample, SamplingParams, Usage
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
 
 END, STEP = 8, 9  # the last token of a random or endless step
+SELECTIONS = ("puct", "uct", "gumbel")
 SEEDS = st.integers(0, 2**32 - 1)
+DEPTHS = st.sampled_from([99, 6, 2])  # of MAX_DEPTH
 CONFIGS = st.builds(  # hypothesis prefers what comes first: a large tree
     SearchConfig,
     simulations=st.sampled_from([60, 40, 25, 9, 1]),
     children=st.sampled_from([6, 4, 3, 1]),
-    distinct=st.booleans(),
+    cutoff=st.sampled_from([None, 0.0]),
     workers=st.sampled_from([4, 1, 2, 3, 5, 6, 7, 8]),
     c_puct=st.floats(0, 3),
-    selection=st.sampled_from(mcts.SELECTIONS),
-    prior=st.sampled_from(mcts.PRIORS),
-    unvisited=st.sampled_from(mcts.UNVISITED),
-    virtual_loss=st.sampled_from(mcts.VIRTUAL_LOSSES),
+    selection=st.sampled_from(SELECTIONS),
+    prior=st.sampled_from(["mean", "sum", "count", "uniform"]),
+    unvisited=st.sampled_from(["parent", "zero"]),
+    virtual_loss=st.sampled_from(["value", "visit"]),
     max_tokens=st.sampled_from([999, 40, 7]),
-    max_depth=st.sampled_from([99, 6, 2]),
 )
 
 
@@ -43,18 +44,21 @@ def examples(count):
 
 
 class World:
-    """Sampler, critic and verifier of a known game; records what each of them is asked."""
+    """Policy, sampler, critic and verifier of a known game; records what each of them is asked."""
 
     def __init__(self, fake_sampler, steps, value=lambda state: 0.0, reward=lambda completion: 0.0):
         self.fake, self.value, self.reward = fake_sampler(steps), value, reward
         self.sampled, self.valued, self.graded = [], [], []  # states of each call, states of each call, answers
-        self.generated, self.arguments = [], []  # tokens drawn by each call, its other arguments
+        self.generated, self.params = [], []  # tokens drawn by each call, its other arguments
 
-    def sample(self, prefixes, n, seeds, *arguments, **named):
-        rows, usage = self.fake.sample(prefixes, n, seeds, *arguments, **named)
+    def encode(self, problem):
+        return [problem.target]
+
+    def sample(self, prefixes, seeds, params):
+        rows, usage = self.fake.sample(prefixes, seeds, params)
         self.sampled.append([tuple(prefix) for prefix in prefixes])
         self.generated.append(usage.generated)
-        self.arguments.append((n, *arguments, named))
+        self.params.append(params)
         return rows, usage
 
     def critic(self, states):
@@ -66,12 +70,13 @@ class World:
         value = self.reward(tuple(completion))
         return Reward(value, value == 1, True, "")
 
-    def search(self, config, names=(100,), seed=0):
+    def search(self, config, names=(100,), seed=0, max_depth=mcts.MAX_DEPTH):
         """One tree for each name, which is its prompt, its problem's target and part of its seed."""
-        problems, prompts = [Problem((1,), name) for name in names], [[name] for name in names]
-        return mcts.search(
-            problems, prompts, self, self.critic, self.grade, config, [seed * 1000 + name for name in names]
-        )
+        trees = mcts.plant(self, [Problem((1,), name) for name in names], [seed * 1000 + name for name in names])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mcts, "MAX_DEPTH", max_depth)
+            usage = mcts.search(trees, self, self.grade, config, self.critic)
+        return trees, usage
 
 
 @pytest.fixture
@@ -123,34 +128,20 @@ def tree_of(root):
 # ------------------------------------------------------------------------------------------------ select
 
 
-def test_puct_by_hand():
-    """A wrong exploration term: Q + 2 P 3 / (1 + N)."""
-    q, prior, visits = np.array([0.5, -0.25, 0.0]), np.array([0.2, 0.5, 0.3]), np.array([3, 1, 0])
-    assert selection.puct(q, prior, visits, 9, 2.0) == pytest.approx([0.8, 1.25, 1.8])
-
-
-def test_uct_by_hand():
-    """A wrong bonus, or 0 / 0 where nothing was visited: ln 8 = 2.079442."""
-    q, visits = np.array([0.5, 0.0, -1.0]), np.array([4, 1, 0])
-    assert selection.uct(q, visits, 8, 1.5) == pytest.approx([1.581520, 2.163040, math.inf], abs=1e-6)
-    assert selection.uct(q, visits, 8, 0.0) == pytest.approx([0.5, 0.0, math.inf])
-    assert selection.uct(q, np.zeros(3, int), 1, 1.5).tolist() == [math.inf] * 3
-
-
 @pytest.mark.parametrize("unvisited, expected", [("parent", -0.5), ("zero", 0.0)])
 def test_value_of_an_unvisited_child(unvisited, expected):
     """First-play urgency 0 drags visits over hopeless children; the choice must be the one that is named."""
     parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(prior=0.3)])
-    q, prior, visits = mcts.statistics(parent, SearchConfig(unvisited=unvisited))
-    assert (q.tolist(), prior.tolist(), visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
+    found = mcts.statistics(parent, SearchConfig(unvisited=unvisited))
+    assert (found.q.tolist(), found.prior.tolist(), found.visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
 
 
 @pytest.mark.parametrize("virtual_loss, expected", [("value", [-0.75, -1.0]), ("visit", [-0.25, 0.0])])
 def test_virtual_loss_by_hand(virtual_loss, expected):
     """A virtual loss that is none: with W = -1, N = 2 and 2 pending, `value` repels (-3/4), `visit` attracts (-1/4)."""
     parent = node(3, -0.5, [node(2, -0.5, pending=2), node(pending=1)])
-    q, _, visits = mcts.statistics(parent, SearchConfig(virtual_loss=virtual_loss))
-    assert (q.tolist(), visits.tolist()) == (expected, [4, 1])
+    found = mcts.statistics(parent, SearchConfig(virtual_loss=virtual_loss))
+    assert (found.q.tolist(), found.visits.tolist()) == (expected, [4, 1])
 
 
 @pytest.mark.parametrize("selection, pending, chosen", [("puct", 0, 0), ("puct", 4, 1), ("uct", 0, 1)])
@@ -158,60 +149,10 @@ def test_choice_by_hand(selection, pending, chosen):
     """A named selection that is another one, or pending visits that don't count in sqrt(N). With c = 2, pUCT compares
     0.5 + 0.2 sqrt(N) with -0.5 + 0.6 sqrt(N): 0.947 > 0.842 for N = 5, 1.1 < 1.3 for N = 9; UCT has 1.965 < 2.037."""
     parent = node(5, 0.3, [node(3, 0.5, prior=0.4), node(1, -0.5, prior=0.6)], pending=pending)
-    assert mcts.choose_child(parent, SearchConfig(selection=selection, c_puct=2.0)) is parent.children[chosen]
+    assert int(mcts.child_scores(parent, SearchConfig(selection=selection, c_puct=2.0)).argmax()) == chosen
 
 
 # ------------------------------------------------------------------------------------------------ Gumbel
-
-
-def test_completed_q_by_hand():
-    """A wrong sigma: v_mix = (0.2 + 3 (0.5 * 0.4 - 0.3 * 0.2) / 0.8) / 4 = 0.18125, rescaled (v + 0.2) / 0.6, times
-    (50 + 2) * 0.1; without visits all children count alike."""
-    parent, prior = node(value=0.2), np.array([0.5, 0.3, 0.2])
-    sigma = selection.completed_q(parent, np.array([0.4, -0.2, 9.0]), prior, np.array([2, 1, 0]))
-    assert sigma == pytest.approx([5.2, 0.0, 5.2 * 0.38125 / 0.6])
-    assert selection.completed_q(parent, np.full(3, 9.0), prior, np.zeros(3, int)).tolist() == [0, 0, 0]
-
-
-def test_gumbel_inner_by_hand():
-    """Inner nodes that ignore the visits: with equal Q, pi' is the prior and 0.6 - 1/2 < 0.4 - 0/2."""
-    scores = selection.gumbel_inner(node(value=0.3), np.array([0.3, 0.0]), np.array([0.6, 0.4]), np.array([1, 0]))
-    assert scores == pytest.approx([0.1, 0.4])
-
-
-@pytest.mark.parametrize(
-    "actions, simulations, halvings",  # halvings: (children considered, visits that each of them gets)
-    [
-        (4, 8, [(4, 1), (2, 2)]),
-        (4, 16, [(4, 2), (2, 4)]),
-        (2, 7, [(2, 3), (1, 1)]),
-        (3, 12, [(3, 2), (2, 3)]),
-        (8, 24, [(8, 1), (4, 2), (2, 4)]),  # this and the rest: as in the tests of mctx
-        (8, 47, [(8, 1), (4, 3), (2, 13), (1, 1)]),  # 8 + 12 + 26 + 1; the 2 are considered again in the end
-        (8, 13, [(8, 1), (4, 1), (1, 1)]),
-        (7, 24, [(7, 1), (3, 2), (2, 5), (1, 1)]),
-        (8, 2, [(2, 1)]),
-        (1, 16, [(1, 16)]),
-    ],
-)
-def test_considered_visits(actions, simulations, halvings):
-    """A plan that halves too early or too late."""
-    planned, visits = [], 0
-    for considered, more in halvings:
-        planned += [visits + i for i in range(more) for _ in range(considered)]
-        visits += more
-    assert selection.considered_visits(actions, simulations) == planned
-
-
-@given(st.integers(1, 40), st.integers(1, 200))
-@examples(100)
-def test_considered_visits_can_be_played(actions, simulations):
-    """A plan whose turn no child has, which would send every later visit to the first child."""
-    visits = [0] * actions
-    for turn in selection.considered_visits(actions, simulations):
-        visits[visits.index(turn)] += 1
-    assert sum(visits) == simulations
-    assert simulations < actions or min(visits) > 0
 
 
 def arms(probabilities):
@@ -284,13 +225,13 @@ def test_priors_by_hand():
 
 
 @pytest.mark.parametrize(
-    "how, expected",
+    "kind, expected",
     [("mean", [2 / 3, 1 / 3]), ("sum", [10 / 11, 1 / 11]), ("count", [1 / 4, 3 / 4]), ("uniform", [1 / 2, 1 / 2])],
 )
-def test_prior_choices_by_hand(how, expected):
+def test_prior_choices_by_hand(kind, expected):
     """A named prior that is another one: p = 0.4 in one token, drawn once, against 0.2 * 0.2, drawn three times."""
     children = [Node(logprobs=[math.log(0.4)]), Node(logprobs=[math.log(0.2)] * 2, count=3)]
-    assert mcts.priors(children, how) == pytest.approx(expected)
+    assert mcts.priors(children, kind) == pytest.approx(expected)
 
 
 def test_duplicates_are_merged():
@@ -344,19 +285,20 @@ def test_golden_tree(world):
     }
     assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
     assert (usage.generated, usage.prefilled, usage.valued) == (3 * 64, 1 + 2 + 2, 1 + 2 + 2)
-    assert most_visited_path(tree, config).completion() == best_answer(tree, config).completion() == [a, d]
+    (best,) = best_answer(tree, config)
+    assert most_visited_path(tree, config).completion() == best.completion == [a, d]
     assert tree.statistics() == dict(
         visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
     )
 
 
-@given(CONFIGS, SEEDS)
+@given(CONFIGS, SEEDS, DEPTHS)
 @examples(300)
-def test_invariants(random_world, config, seed):
+def test_invariants(random_world, config, seed, max_depth):
     """A visit counted twice or lost, a virtual visit left, a terminal node that is expanded, valued by the critic or
     graded twice, tokens that nobody counts: over random games, in every combination of choices."""
     game = random_world(seed)
-    trees, usage = game.search(config, (100, 101), seed)
+    trees, usage = game.search(config, (100, 101), seed, max_depth)
     expanded, valued, ended = [], [], []
     for tree in trees:
         assert tree.root.visits == config.simulations
@@ -368,13 +310,13 @@ def test_invariants(random_world, config, seed):
                 assert n.total == pytest.approx(n.value + sum(child.total for child in below))
                 assert sum(child.prior for child in below) == pytest.approx(1)
                 drawn = sum(child.count for child in below)
-                assert drawn == config.children or (config.distinct and drawn < config.children)
+                assert drawn == config.children or (config.cutoff is not None and drawn < config.children)
             else:
                 assert n.total == pytest.approx(n.visits * n.value if n.ended and n.visits else 0)
                 assert n.ended or n.visits == 0
             completion = tuple(n.completion())
-            assert n.length == len(completion) <= config.max_tokens and n.depth <= config.max_depth
-            capped = n.length == config.max_tokens or n.depth == config.max_depth
+            assert n.length == len(completion) <= config.max_tokens and n.depth <= max_depth
+            capped = n.length == config.max_tokens or n.depth == max_depth
             if n.visits and not (capped or completion[-1:] == (END,)):
                 expanded.append((*tree.prompt, *completion))
                 valued += expanded[-1:] * bool(below)  # what got no step ended there
@@ -393,20 +335,20 @@ def snapshot(tree):
     return nodes, tree.root.visits, tree.expansions, tree.generated, tree.merged
 
 
-@given(CONFIGS, SEEDS, st.integers(0, 60))
+@given(CONFIGS, SEEDS, DEPTHS, st.integers(0, 60))
 @examples(100)
-def test_batched_search_equals_single_searches(random_world, config, seed, budget):
+def test_batched_search_equals_single_searches(random_world, config, seed, max_depth, budget):
     """A result that depends on what else is in the batch, such as a shared random stream."""
     budget = 0 if config.selection == "gumbel" else budget
     config, names = replace(config, token_budget=budget), (100, 101, 102, 103)
-    together, _ = random_world(seed).search(config, names, seed)
-    alone = [random_world(seed).search(config, (name,), seed)[0][0] for name in names]
-    assert [snapshot(tree) for tree in together] == [snapshot(tree) for tree in alone]
+    together, _ = random_world(seed).search(config, names, seed, max_depth)
+    single = [random_world(seed).search(config, (name,), seed, max_depth)[0][0] for name in names]
+    assert [snapshot(tree) for tree in together] == [snapshot(tree) for tree in single]
 
 
 def test_a_wave_is_one_call(world):
     """Model calls for each leaf or each tree, which would be slow; a setting that doesn't reach the sampler."""
-    settings = dict(simulations=13, children=6, step_tokens=5, temperature=0.8, distinct=True, min_p=0.25)
+    settings = dict(simulations=13, children=6, step_tokens=5, temperature=0.8, cutoff=0.25)
     game, config = world(endless), SearchConfig(**settings)
     game.search(config, range(100, 105))
     assert game.sampled == game.valued and len(game.sampled[0]) == 5
@@ -415,15 +357,23 @@ def test_a_wave_is_one_call(world):
     for name, single in enumerate(singles, 100):
         single.search(config, [name])
     assert len(game.sampled) == max(len(single.sampled) for single in singles)
-    named = dict(stop_at_step=True, distinct=SamplingParams(0.25))
-    assert {repr(arguments) for arguments in game.arguments} == {repr((6, 5, 0.8, named))}
+    assert set(game.params) == {SamplingParams(6, 5, 0.8, stop_at_step=True, cutoff=0.25)}
+
+
+def test_the_critic_is_the_samplers_if_no_other_is_given(world):
+    """Prevents a search by hand, as in the notebooks, that has no values or asks another critic than the policy's."""
+    game, config = world(endless), SearchConfig(simulations=9)
+    game.values = lambda states: ([0.25] * len(states), Usage(valued=7))
+    (tree,) = trees = mcts.plant(game, [Problem((1,), 100)], [0])
+    usage = mcts.search(trees, game, game.grade, config)
+    assert tree.root.q == 0.25 and usage.valued == 7 * len(game.sampled) and not game.valued
 
 
 def test_answers_fill_a_wave(world):
     """Waves cut short by a leaf that costs nothing: every worker may visit the same answer."""
     game, tree = world(arms([1.0])), tree_of(Node())
     for visits in (1, 5, 9):
-        mcts.wave([tree], game, game.critic, game.grade, SearchConfig(workers=4))
+        mcts.wave([tree], game, game.grade, SearchConfig(workers=4), game.critic)
         assert tree.root.visits == visits
 
 
@@ -432,7 +382,7 @@ def test_interrupted_wave_leaves_no_virtual_visit(random_world, part):
     """Virtual visits that outlive an interrupted wave and spoil the tree's statistics for good."""
     game, config = random_world(4), SearchConfig(workers=4)
     trees = [Tree(Problem((1,), name), [name], np.random.default_rng(name)) for name in range(100, 104)]
-    mcts.wave(trees, game, game.critic, game.grade, config)
+    mcts.wave(trees, game, game.grade, config, game.critic)
     pending = []
 
     def interrupt(*_, **__):
@@ -442,7 +392,7 @@ def test_interrupted_wave_leaves_no_virtual_visit(random_world, part):
     setattr(game, part, interrupt)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(20):
-            mcts.wave(trees, game, game.critic, game.grade, config)
+            mcts.wave(trees, game, game.grade, config, game.critic)
     assert min(pending) > 0
     assert not any(n.pending for tree in trees for n in tree.nodes())
 
@@ -492,12 +442,11 @@ def test_oracle_finds_every_solution(world, problem, seed):
     levels = 1 + 18 + 6  # the root, at most 3 pairs in 6 ways, at most 1 pair in 6 ways
     config = SearchConfig(simulations=levels, children=400, workers=1, c_puct=0.0)
     ((tree,), _) = game.search(config, seed=seed)
-    answer = best_answer(tree, config)
-    found = answer is not None and answer.reward.correct
+    found = any(answer.reward.correct for answer in best_answer(tree, config))
     assert found == tree.statistics()["solved"] == solvable(problem.numbers, problem.target)
 
 
-@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 @given(problem=GAMES, seed=SEEDS)
 @examples(40)
 def test_oracle_finds_the_sampled_solution(world, selection, problem, seed):
@@ -512,7 +461,7 @@ def test_oracle_finds_the_sampled_solution(world, selection, problem, seed):
 # ------------------------------------------------------------------------------------------------ edge cases
 
 
-@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_all_terminal_at_the_first_step(world, selection):
     """Answers in one step: one expansion, each answer graded once, though visited again and again."""
     game = world(arms([0.5, 0.3, 0.2]), lambda state: 0.25, lambda completion: completion[0] / 2)
@@ -524,7 +473,7 @@ def test_all_terminal_at_the_first_step(world, selection):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_single_child(world, selection, workers):
     """A chain, where a wave has one leaf to offer: no leaf is expanded twice and the visits are those of a chain."""
     game = world(lambda state: [((1,), 1.0, "end" if len(state) == 4 else "step")])
@@ -544,7 +493,8 @@ def test_root_without_a_step(world, budget):
     ((tree,), usage) = game.search(config)
     assert (tree.root.visits, tree.root.q, tree.root.ended, usage.generated) == (6, -1.0, True, 0)
     assert (len(game.sampled), game.graded) == (1, [(100,)])
-    assert most_visited_path(tree, config) is best_answer(tree, config) is tree.root
+    (best,) = best_answer(tree, config)
+    assert most_visited_path(tree, config) is tree.root and (best.completion, best.reward.value) == ([], -1.0)
 
 
 def test_dead_end_below_the_root(world):
@@ -568,9 +518,9 @@ def test_max_tokens_truncates(world):
 
 
 def test_max_depth(world):
-    """A tree deeper than max_depth, or a node at the cap that is never graded."""
-    game, config = world(endless), SearchConfig(simulations=60, children=20, max_depth=2)
-    ((tree,), _) = game.search(config)
+    """A tree deeper than MAX_DEPTH, or a node at the cap that is never graded."""
+    game, config = world(endless), SearchConfig(simulations=60, children=20)
+    ((tree,), _) = game.search(config, max_depth=2)
     at_cap = [n for n in tree.nodes() if n.depth == 2]
     assert all(n.ended and not n.children for n in at_cap) and max(n.depth for n in tree.nodes()) == 2
     assert len(at_cap) == 9 and len(game.graded) == sum(n.visits > 0 for n in at_cap)
@@ -596,7 +546,7 @@ def test_token_budget(world, seed, budget, workers):
         return [((i, *[STEP] * int(length)), 0.5, "step") for i, length in enumerate(lengths)]
 
     game, config = world(steps), SearchConfig(simulations=999, workers=workers, token_budget=budget)
-    ((tree,), usage) = game.search(replace(config, max_tokens=9999, max_depth=999), seed=seed)
+    ((tree,), usage) = game.search(replace(config, max_tokens=9999), seed=seed, max_depth=999)
     assert tree.generated == usage.generated == sum(game.generated)
     assert sum(game.generated[:-1]) < budget < tree.generated + tree.generated / tree.expansions
 
@@ -618,7 +568,7 @@ def test_a_tree_ends_with_its_first_right_answer(world, problem, seed, workers):
 # ------------------------------------------------------------------------------------------------ settings
 
 
-@pytest.mark.parametrize("selection", mcts.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_no_answer(world, selection):
     """A choice that invents an answer, or crashes, where the tree holds none."""
     config = SearchConfig(simulations=9, selection=selection)
@@ -629,10 +579,10 @@ def test_no_answer(world, selection):
 
 @pytest.mark.parametrize(
     "bad",
-    [{name: 0} for name in ("simulations", "children", "workers", "step_tokens", "max_tokens", "max_depth")]
+    [{name: 0} for name in ("simulations", "children", "workers", "step_tokens", "max_tokens")]
     + [{name: "best"} for name in ("selection", "prior", "unvisited", "virtual_loss")]
     + [{"temperature": 0.0}, {"temperature": math.nan}, {"c_puct": -0.1}, {"c_puct": math.nan}, {"token_budget": -1}]
-    + [{"min_p": 0.3}, {"min_p": -0.1, "distinct": True}, {"min_p": 1.5, "distinct": True}],
+    + [{"cutoff": -0.1}, {"cutoff": 1.5}, {"cutoff": math.nan}],
 )
 def test_config_refuses(bad):
     """A bad setting that is found only after hours, or never."""

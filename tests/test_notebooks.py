@@ -24,3 +24,18 @@ def test_a_notebook_is_committed_with_its_outputs(path):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert all(cell.outputs or cell.source.startswith("%%capture") for cell in code)
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_says_what_one_learns_and_where_to_go_next(path):
+    """Prevents a reader who does not know why to start, how long it takes, or what comes after."""
+    text = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert "**You learn**" in text[0] and "**Time:**" in text[0]
+    assert "## Exercises" in text[-1] and "## Where to go next" in text[-1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_no_long_code_line(path):
+    """Prevents code that a reader has to scroll sideways for: a forge shows about 100 characters."""
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert max(len(line) for source in code for line in source.splitlines()) <= 100

@@ -1,4 +1,4 @@
-"""Tests of oracle.py: which states a completion passes through, what is true of them, and the statistics."""
+"""Tests of experiments/oracle.py: which states a completion passes through, what is true of them, the statistics."""
 
 import json
 from itertools import product
@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import oracle
-from countdown import Problem
 from config import TINY
+from countdown import Problem
+from experiments import oracle
+from runtime import cli
 from runtime.loading import load_policy
 
 
@@ -53,7 +54,7 @@ def test_the_perfect_critic_knows_each_state():
         "<step> 5 * 7 = 36 </step>",
     )
     states = [policy.encode(problems[0]) + policy.tokenizer(step)["input_ids"] for step in steps]
-    values, _ = oracle.perfect(policy, problems)([*states, policy.encode(problems[1])])
+    values, _ = oracle.perfect_critic(policy, problems)([*states, policy.encode(problems[1])])
     assert values == [1, 1, -1, -1, -1]  # 3 9 12 and 2 3 can't reach 44 and 7; 5 * 7 is not 36
 
 
@@ -84,7 +85,7 @@ def test_nonsense_is_told_before_a_model_is_loaded(args, message, monkeypatch, c
     monkeypatch.setattr("sys.argv", ["oracle.py", *args, "--out", str(tmp_path / "critic.json")])
     monkeypatch.setattr(oracle, "load_policy", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stop:
-        oracle.runs.command(oracle.main)
+        cli.command(oracle.main)
     assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -1,14 +1,21 @@
-"""Tests of plots.py and tables.py: figures and tables from run folders."""
+"""Tests of experiments/plots.py and tables.py: figures and tables from run folders."""
 
 import json
 import math
+from dataclasses import asdict
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from experiments import plots
-from experiments import tables
+from config import Config, preset_for
+from experiments import plots, tables
+from runtime.cli import restore
+from runtime.run_folder import read_metrics, read_settings
+
+
+def save(folder, config):
+    (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
 
 
 @pytest.fixture
@@ -17,7 +24,7 @@ def folders(tmp_path):
     for seed in (0, 1):
         folder = tmp_path / f"mcts-{seed}"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"search": "mcts", "seed": seed}))
+        save(folder, preset_for("tiny", "mcts").change(seed=seed))
         test = {"test_samples": 16} | {
             f"test_{key}": 0.1 * (seed + 1) for key in ("mean_at_k", "mean_low", "mean_high", "pass_at_k")
         }
@@ -97,9 +104,13 @@ def test_the_interval_of_three_seeds_on_like_problems_is_students():
     assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=0.06)
 
 
-def finish(folder, right, **settings):
-    config, rows = tables.load(folder)
-    (folder / "config.json").write_text(json.dumps(config | settings))
+def finish(folder, right, method=None, **settings):
+    """Give a run its test scores, another method or other settings."""
+    rows = read_metrics(folder)
+    config, _ = restore(Config, read_settings(folder), folder)
+    if method:
+        config = preset_for("tiny", method).change(seed=config.seed)
+    save(folder, config.change(**settings))
     rows[-1] |= {"test_right": right, "test_parsed": 0.5}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -133,9 +144,9 @@ def test_a_summary_has_a_row_a_method(folders):
     finish(folders[1], [16, 8, 0, 8], seed=0, preset="qwen1.5b")
     assert list(tables.by_method(folders)) == ["mcts, preset qwen1.5b", "mcts, preset tiny"]
     finish(folders[1], [16, 8, 0, 8], seed=1, preset="tiny")
-    finish(folders[1], [16, 8, 0, 8], tree={"selection": "uct"}, distill="steps")
+    finish(folders[1], [16, 8, 0, 8], selection="uct", lesson="steps")
     _, other = tables.summary_table(folders).splitlines()[2:]
-    assert other.startswith("| mcts, distill steps, selection uct | 1 | **50.0% [") and "| +25.0 [" in other
+    assert other.startswith("| mcts, selection uct, lesson steps | 1 | **50.0% [") and "| +25.0 [" in other
 
 
 def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
@@ -146,15 +157,15 @@ def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     (folders[1] / "metrics.jsonl").write_text("".join([*lines[:2], stopped]))
     (row,) = tables.summary_table(folders).splitlines()[2:]
     assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
-    (folders[1] / "config.json").write_text(json.dumps({"search": "mcts", "seed": 1, "distill": "steps"}))
+    save(folders[1], preset_for("tiny", "mcts").change(seed=1, lesson="steps"))
     _, row = tables.summary_table(folders).splitlines()[2:]
-    assert row == "| mcts, distill steps | 1 collapsed |" + " – |" * 7
+    assert row == "| mcts, lesson steps | 1 collapsed |" + " – |" * 7
 
 
 def test_a_forest_shows_what_a_setting_changes(folders):
     """Prevents a point at another row's difference, and a search that is held against nothing."""
     for i, folder in enumerate(folders):
-        finish(folder, [16 * i, 8, 0, 8], **({"tree": {"selection": "uct"}} if i else {}))
+        finish(folder, [16 * i, 8, 0, 8], **({"selection": "uct"} if i else {}))
     axes = plots.forest(folders).axes[0]
     (line,), (point,) = axes.collections[0].get_segments(), axes.collections[1].get_offsets()
     assert point.tolist() == [pytest.approx(25), 0] and line[0, 0] <= 25 <= line[1, 0]
@@ -168,12 +179,10 @@ def test_scores_of_another_test_are_not_subtracted(folders, other):
     """Prevents a difference between four numbers and three, two temperatures, or our test problems and the post's, of
     which the training set has most; and a traceback about shapes."""
     finish(folders[0], [16, 8, 0, 8])
-    finish(folders[1], [16, 8] * (1 if "test_problems" in other else 2), distill="steps", **other)
+    finish(folders[1], [16, 8] * (1 if "test_problems" in other else 2), lesson="steps", **other)
     _, row = tables.summary_table(folders).splitlines()[2:]
-    assert "distill steps" in row and "%]** | – |" in row
-    finish(
-        folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820, eval_temperature=1.0
-    )  # the defaults, written out
+    assert "lesson steps" in row and "%]** | – |" in row
+    finish(folders[1], [16, 8, 0, 8], size=4, split="multiset", test_problems=820, eval_temperature=1.0)
     _, row = tables.summary_table(folders).splitlines()[2:]
     assert "%]** | +0.0 [" in row
 
@@ -182,10 +191,11 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, and two policies that look
     alike."""
     score = {"problems": 10, "mean_at_k": 0.2, "mean_low": 0.1, "mean_high": 0.4}
-    for search, spent in (("mcts", (160, 2_000)), ("best-of-n", (150, 40_000))):
+    for method, spent in (("mcts", (160, 2_000)), ("best-of-n", (150, 40_000))):
         scores = [score | {"usage": {"generated": tokens}} for tokens in spent]
-        one = {"model": "a", "search": search, "children": 2, "budget": [16, 4_096], "scores": scores}
-        (tmp_path / f"{search}.json").write_text(json.dumps(one))
+        one = {"model": "a", "method": method, "budget": [16, 4_096], "scores": scores}
+        tree = {"tree": {"children": 2, "cutoff": None}} if method == "mcts" else {}
+        (tmp_path / f"{method}.json").write_text(json.dumps(one | tree))
     figure = plots.search_curves(sorted(tmp_path.iterdir()))
     rival, tree = (container.lines[0] for container in figure.axes[0].containers)
     assert list(tree.get_xdata()) == [16, 200] and list(rival.get_xdata()) == [15, 4_000]
@@ -194,6 +204,10 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     figures = figure, plots.search_curves(sorted(tmp_path.iterdir()))
     one, two = ([text.get_text() for text in f.axes[0].get_legend().get_texts()] for f in figures)
     assert one == ["best-of-n", "mcts, K = 2"] and two == ["best-of-n, a", "mcts, K = 2, a", "best-of-n, b"]
+    tree = json.loads((tmp_path / "mcts.json").read_text()) | {"tree": {"children": 2, "cutoff": 0.0}}
+    (tmp_path / "mcts.json").write_text(json.dumps(tree))
+    legend = plots.search_curves([tmp_path / "mcts.json"]).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["mcts, K = 2, distinct"]
 
 
 def test_evaluations_of_seeds_are_pooled(tmp_path):
@@ -201,7 +215,7 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     fewer problems taken for the same."""
     told = {"mcts-seed1": [4, 0], "mcts-seed2": [0, 0], "none-seed1": [4, 4], "base": [1, 0]}
     for name, right in told.items():
-        one = {"model": name, "search": "none", "children": 3, "samples": 4, "temperature": 0.2}
+        one = {"model": name, "method": "none", "samples": 4, "temperature": 0.2}
         (tmp_path / f"{name}.json").write_text(json.dumps(one | {"scores": [{"right": right, "samples": 4}]}))
     files = sorted(tmp_path.iterdir())
     header, _, none, search, base = tables.scores_table(files).splitlines()
@@ -213,11 +227,32 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     assert base.startswith("| base | 1 | **12.5% [") and " | -12.5 [" in base and " | 50.0% [" in base
     whole = json.loads(files[1].read_text())
     for change, message in (
-        ({"search": "mcts"}, "holds scores of a search"), ({"temperature": 1.0}, "temperature"), ({"size": 3}, "size"),
+        ({"method": "mcts", "tree": {}}, "holds scores of a search"), ({"temperature": 1.0}, "temperature"),
+        ({"size": 3}, "size"), ({"method": "mcts"}, "holds no scores"),
     ):  # fmt: skip
         files[1].write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=f"{files[1]} .*{message}"):
             tables.scores_table(files)
+
+
+def test_an_overview_has_both_temperatures_of_a_run(folders, tmp_path):
+    """Prevents the cold scores of another run in a row, a difference to the search at another temperature, and a
+    traceback where there is no search."""
+    finish(folders[0], [16, 8, 0, 8])
+    finish(folders[1], [0, 8, 0, 8], "cispo")
+    stage, cold = tmp_path / "compare", tmp_path / "cold"
+    stage.mkdir()
+    cold.mkdir()
+    runs = [folder.rename(stage / name) for folder, name in zip(folders, ("mcts-seed0", "cispo-seed1"))]
+    for run, right in zip(runs, ([4, 4], [4, 0])):
+        result = {"model": run.name, "method": "none", "samples": 4, "temperature": 0.2}
+        (cold / f"{run.name}.json").write_text(json.dumps(result | {"scores": [{"right": right, "samples": 4}]}))
+    header, _, search, rival = tables.overview_table(runs).splitlines()
+    assert header == "| method | mean@16 | minus search | pass@16 | mean@4 at 0.2 | minus search |"
+    assert rival.startswith("| cispo | **25.0% [") and "| -25.0 [" in rival and "| -50.0 [" in rival
+    assert search.startswith("| mcts | **50.0% [") and search.count(" – ") == 2 and "**100.0%" in search
+    with pytest.raises(ValueError, match="pass those of `mcts` too"):
+        tables.overview_table(runs[1:])
 
 
 def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
@@ -227,18 +262,19 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     other = tmp_path / "none"
     other.mkdir()
     for file in folders[0].iterdir():
-        (other / file.name).write_text(file.read_text().replace('"mcts"', '"none"'))
+        (other / file.name).write_text(file.read_text())
+    finish(other, [1, 2], "none", failures=True, problems=20)
     assert list(tables.by_method([*folders, other])) == [
         "mcts",
         "mcts, problems 20, failures",
         "none, problems 20, failures",
     ]
-    finish(folders[0], [1, 2], samples=4, search="cispo", problems=16, failures=False)
-    finish(folders[1], [1, 2], samples=8, search="cispo")
-    assert list(tables.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not Config's
-    finish(folders[0], [1, 2], search="mcts", tree={"distinct": True, "min_p": 0.3})
-    finish(folders[1], [1, 2], search="mcts", samples=4, tree={"distinct": False, "min_p": 0.0})
-    assert list(tables.by_method(folders)) == ["mcts", "mcts, no distinct"]  # which leaves nothing to min_p
+    finish(folders[0], [1, 2], "cispo", samples=4)
+    finish(folders[1], [1, 2], "cispo", samples=8)
+    assert list(tables.by_method(folders)) == ["cispo", "cispo, samples 8"]  # 4 are the preset's, not GroupConfig's
+    finish(folders[0], [1, 2], "mcts", cutoff=0.3)
+    finish(folders[1], [1, 2], "mcts", cutoff=None)
+    assert list(tables.by_method(folders)) == ["mcts", "mcts, no cutoff"]
 
 
 def test_validation_scores_the_best_first(folders):
@@ -263,16 +299,39 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
             plots.main()
 
 
-@pytest.mark.parametrize("what", ["curves", "table", "summary", "validation", "forest"])
+OF_RUNS = ["curves", "table", "summary", "validation", "forest"]
+
+
+@pytest.mark.parametrize("what", OF_RUNS)
 @pytest.mark.parametrize(
-    "config", ["{", "[]", "{}", '{"seed": 1, "tree": 3}', '{"seed": 1, "split": []}', '{"seed": 1, "search": "x"}']
+    "damage",
+    [
+        lambda config: config.clear(),
+        lambda config: config.update(tree=3),
+        lambda config: config.update(method="x"),
+        lambda config: config.update(preset=[]),
+        lambda config: config.pop("seed"),
+        lambda config: config["task"].update(split=[]),
+        lambda config: config["learning"].pop("problems"),
+    ],
 )
-def test_a_config_of_no_run_is_named(folders, what, config):
+def test_a_config_of_no_run_is_named(folders, what, damage):
     """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
-    (folders[1] / "config.json").write_text(config)
+    config = read_settings(folders[1])
+    damage(config)
+    (folders[1] / "config.json").write_text(json.dumps(config))
     draw = (plots.FIGURES | tables.TABLES)[what]
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         draw(folders)
+
+
+@pytest.mark.parametrize("what", OF_RUNS)
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_torn_config_is_named(folders, what, text):
+    """Prevents the same for a file that holds no JSON object."""
+    (folders[1] / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
+        (plots.FIGURES | tables.TABLES)[what](folders)
 
 
 def test_a_table_needs_no_place_for_a_figure(folders, monkeypatch, capsys, tmp_path):
@@ -296,7 +355,8 @@ def test_command_line(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plots.py", "table", *map(str, tmp_path.iterdir())])
     plots.main()
     assert "| mcts | 1 |" in capsys.readouterr().out
-    for arguments in (["pie", str(folders[0])], ["table", str(tmp_path / "nothing")]):
+    unread = ["table", str(folders[0]), "--out", "x.png"], ["forest", str(folders[0]), "--x", "seconds"]
+    for arguments in (["pie", str(folders[0])], ["table", str(tmp_path / "nothing")], *unread):
         monkeypatch.setattr("sys.argv", ["plots.py", *arguments])
         with pytest.raises(SystemExit) as stop:
             plots.main()

@@ -15,9 +15,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import policy as module
-from runtime.loading import load_policy
 from policy import ValueHead, chunked_logprobs, group_by_length, left_pad
+from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
+from sampling import SamplingParams
 
 IDS = st.lists(st.integers(0, 284), min_size=1, max_size=12)
 PAIRS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=4)  # prompts and completions
@@ -34,12 +35,15 @@ def plain(lm, prompt, completion, temperature):
     return chosen.float(), -(logprobs.exp() * logprobs).sum(-1).float(), output.hidden_states[-1][0, steps]
 
 
+def forward(policy, batch, temperature=1.0):
+    """log pi(a_t | s_t), V(s_t) and the entropy of pi(. | s_t), as the trainer computes them. [B, T] each"""
+    hidden, tokens = policy.states(batch)
+    logprobs, entropy = policy.logprobs(hidden, tokens, temperature)
+    return logprobs, policy.value_head(hidden), entropy
+
+
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def gradients(parameters):
-    return [p.grad for p in parameters if p.grad is not None and p.grad.any()]
 
 
 # ------------------------------------------------------------------------------------------------ value head
@@ -90,7 +94,7 @@ def test_a_padded_batch_equals_plain_calls_of_transformers(moved, pairs, tempera
     by one token."""
     prompts, completions = zip(*pairs)
     with torch.no_grad():
-        found = moved.logprobs_and_values(moved.batch(list(prompts), list(completions)), temperature)
+        found = forward(moved, moved.batch(list(prompts), list(completions)), temperature)
     for i, (prompt, completion) in enumerate(pairs):
         logprobs, entropy, hidden = plain(moved.lm, prompt, completion, temperature)
         for row, expected in zip(found, (logprobs, moved.value_head(hidden).detach(), entropy), strict=True):
@@ -151,9 +155,9 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(twins):
     for policy in twins:
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: k.update({x.data_ptr(): x.nbytes}) or x, id):
-            policy.logprobs_and_values(policy.batch(PROMPTS, COMPLETIONS), 0.7)
+            forward(policy, policy.batch(PROMPTS, COMPLETIONS), 0.7)
         saved.append(sum(kept.values()))
-        logprobs, values, entropy = policy.logprobs_and_values(policy.batch(PROMPTS, COMPLETIONS), 0.7, True)
+        logprobs, values, entropy = forward(policy, policy.batch(PROMPTS, COMPLETIONS), 0.7)
         loss = (logprobs * torch.arange(1, 6)).sum() + (values**2).sum()
         loss.backward()
         gradients = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
@@ -167,19 +171,20 @@ def test_gradient_checkpointing_ends_with_the_forward_pass(twins, monkeypatch):
     """Prevents layers left in training mode, where they drop the KV cache: a sampler that draws nonsense. The same
     after an error."""
     plain, checkpointed = twins
-    drawn = [TorchSampler(policy).sample(PROMPTS, 2, [1, 2, 3], 8, 1.0, False)[0] for policy in twins]
+    params = SamplingParams(2, 8)
+    drawn = [TorchSampler(policy).sample(PROMPTS, [1, 2, 3], params)[0] for policy in twins]
     batch = checkpointed.batch(PROMPTS, COMPLETIONS)
-    checkpointed.logprobs_and_values(batch)[0].sum().backward()
+    forward(checkpointed, batch)[0].sum().backward()
     assert in_training(checkpointed) == in_training(plain) == []
     with checkpointed.recomputing():
         layers = [checkpointed.base.get_submodule(f"model.layers.{i}") for i in range(2)]
         assert all(layer.training for layer in layers) and len(in_training(checkpointed)) == 2
-    again, _ = TorchSampler(checkpointed).sample(PROMPTS, 2, [1, 2, 3], 8, 1.0, False)
+    again, _ = TorchSampler(checkpointed).sample(PROMPTS, [1, 2, 3], params)
     tokens = [[[s.tokens for s in row] for row in rows] for rows in (*drawn, again)]
     assert tokens[0] == tokens[1] == tokens[2]
     monkeypatch.setattr(checkpointed, "hidden", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpointed.logprobs_and_values(batch)
+        checkpointed.states(batch)
     assert in_training(checkpointed) == []
 
 
@@ -218,20 +223,11 @@ def test_the_critic_reads_in_chunks_and_answers_in_order(moved, monkeypatch, tok
 def test_search_and_trainer_see_one_critic(moved):
     """Prevents the post's two critics: V(s_t) in training is what the search's critic says of the same state."""
     with torch.no_grad():
-        _, values, _ = moved.logprobs_and_values(moved.batch(PROMPTS, COMPLETIONS))
+        values = forward(moved, moved.batch(PROMPTS, COMPLETIONS))[1]
     assert values.std() > 0.01
     for row, prompt, completion in zip(values, PROMPTS, COMPLETIONS):
         states = [prompt + completion[:t] for t in range(len(completion))]
         assert_close(torch.tensor(moved.values(states)), row[-len(completion) :], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("through", [False, True])
-def test_the_value_loss_reaches_the_backbone_only_if_asked(moved, through):
-    """Prevents a critic that wrecks a small policy, and an option that does nothing."""
-    _, values, _ = moved.logprobs_and_values(moved.batch(PROMPTS, COMPLETIONS), value_gradient=through)
-    (values**2).sum().backward()
-    assert len(gradients(moved.value_head.parameters())) == 8
-    assert bool(gradients(moved.lm.parameters())) == through
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -242,19 +238,19 @@ def test_an_untrained_policy_is_its_reference(checkpoint, rank):
     """Prevents a KL penalty before the first update."""
     policy = load_policy(checkpoint, lora_rank=rank)
     batch = policy.batch(PROMPTS, COMPLETIONS)
-    assert_close(policy.logprobs_and_values(batch)[0].detach(), policy.reference_logprobs(batch))
+    assert_close(forward(policy, batch)[0].detach(), policy.reference_logprobs(batch))
 
 
 def test_the_reference_stays_the_initial_model(moved, checkpoint):
     """Prevents a KL penalty towards the moving policy, and a policy left without its adapter."""
     batch, base = moved.batch(PROMPTS, COMPLETIONS), AutoModelForCausalLM.from_pretrained(checkpoint)
-    before = moved.logprobs_and_values(batch, 0.7)[0]
+    before = forward(moved, batch, 0.7)[0]
     reference = moved.reference_logprobs(batch, 0.7)
     assert not reference.requires_grad
     for row, prompt, completion in zip(reference, PROMPTS, COMPLETIONS):
         assert_close(row[-len(completion) :], plain(base, prompt, completion, 0.7)[0], atol=1e-4, rtol=0)
     assert ((before - reference) * batch.completion).abs().max() > 0.01
-    assert_close(moved.logprobs_and_values(batch, 0.7)[0], before)
+    assert_close(forward(moved, batch, 0.7)[0], before)
 
 
 @pytest.mark.parametrize(("rank", "dtype"), [(0, "float32"), (4, "float32"), (4, "bfloat16")])
@@ -268,7 +264,7 @@ def test_what_is_trained_is_in_fp32(checkpoint, rank, dtype):
     assert in_model and all("lora_" in name for name in in_model) == bool(rank)
     frozen = {p.dtype for p in policy.lm.parameters() if not p.requires_grad}
     assert frozen == ({getattr(torch, dtype)} if rank else set())
-    assert policy.logprobs_and_values(policy.batch(PROMPTS, COMPLETIONS))[0].dtype == torch.float32
+    assert {x.dtype for x in forward(policy, policy.batch(PROMPTS, COMPLETIONS))} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -276,7 +272,7 @@ def test_what_is_trained_is_in_fp32(checkpoint, rank, dtype):
 
 def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(policy, problems):
     """Prevents a prompt without its turn marker, a stop token in the graded text, other special ones left out of it,
-    and a strict flag that is dropped."""
+    and answers that are graded by other rules than the prompt's."""
     assert policy.tokenizer.decode(policy.encode(problems[1])) == "<|user|> Numbers: 2 3 5 10 Target: 25 <|assistant|>"
     completion = policy.tokenizer("<answer> 5 * (2 + 3) </answer> <|end|>")["input_ids"]
     assert policy.grade(problems[1], completion).correct and not policy.grade(problems[0], completion).correct
@@ -284,7 +280,7 @@ def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(pol
         broken = policy.tokenizer(f"<answer> 5 * (2 {said} + 3) </answer> <|end|>")["input_ids"]
         assert not policy.grade(problems[1], broken).parsed
     negative = policy.tokenizer("<answer> 2 - 3 + 10 </answer>")["input_ids"]
-    assert [policy.grade(problems[1], negative, strict).parsed for strict in (True, False)] == [False, True]
+    assert not policy.grade(problems[1], negative).parsed  # a step below zero breaks them
 
 
 @pytest.mark.parametrize(("stops", "expected"), [(None, {1}), (7, {1, 7}), ([7, 9], {1, 7, 9})])
@@ -305,7 +301,7 @@ def test_saved_policies_load_again_and_in_plain_transformers(moved, checkpoint, 
     fresh = load_policy(checkpoint, lora_rank=rank)
     fresh.load_weights(tmp_path)
     for policy in (fresh, load_policy(tmp_path)):
-        for found, expected in zip(policy.logprobs_and_values(batch), moved.logprobs_and_values(batch)):
+        for found, expected in zip(forward(policy, batch), forward(moved, batch)):
             assert_close(found, expected)
     assert_close(fresh.reference_logprobs(batch), moved.reference_logprobs(batch))
     base = AutoModelForCausalLM.from_pretrained(checkpoint if moved.lora else tmp_path)

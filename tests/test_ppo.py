@@ -6,7 +6,7 @@ import math
 import random
 import re
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,47 +18,43 @@ from transformers import AutoModelForCausalLM
 
 import baselines
 import ppo
-from runtime import session
-import parts
-import ppo
-from runtime import cli
-from runtime import guard
-from runtime import run_folder
-from config import Config, PRESETS, preset_for
-from runtime.cli import parse
+from config import PRESETS, BudgetConfig, LearningConfig, TreeConfig, preset_for
 from countdown import Reward
-from evaluate import Evaluation
-from runtime.loading import load_policy
-from config import SearchConfig
 from policy import Policy
-from ppo import collect_mcts, collect_samples, progress, train
-from runtime.report import summarize
+from ppo import collect_mcts, collect_samples, make_optimizer, set_rate, train, update
+from runtime import cli, evaluation, guard, launch, report, run_folder, session
+from runtime.cli import parse
+from runtime.loading import load_policy
 from runtime.run_folder import read_metrics
 from runtime.torch_sampler import TorchSampler
-from sampling import Trajectory, Usage
+from sampling import Progress, Trajectory, Usage
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
+
+
+def program(args=(), collectors=ppo.COLLECTORS):
+    """What the command line of ppo.py does."""
+    launch.launch(list(args), "mcts", collectors, launch.Trainer(ppo.train, update, make_optimizer, set_rate))
+
 
 # ------------------------------------------------------------------------------------------------ collecting
 
 
-@pytest.mark.parametrize("distill", ["best-path", "best-answer", "steps"])
-def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, tiny_config, distill):
+@pytest.mark.parametrize("lesson", ["best-path", "best-answer", "steps"])
+def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, tiny_config, lesson):
     """Prevents rewards or log-probabilities of another path, and a ratio other than 1 at a temperature below 1."""
-    config = tiny_config(distill=distill, temperature=0.7)
-    moved.version = 5
+    config = tiny_config(lesson=lesson, temperature=0.7)
     found, usage, info = collect_mcts(moved, TorchSampler(moved), problems, config, np.random.default_rng(0))
-    assert {t.source for t in found} == {distill}
-    if distill in ("best-path", "best-answer"):
+    if lesson in ("best-path", "best-answer"):
         assert [t.problem for t in found] == problems and {t.advantages for t in found} == {None}
     else:
         assert len(found) > len(problems)
         assert all(len(t.advantages) == len(t.returns) == len(t.completion) for t in found)
     for t in found:
         assert t.prompt == moved.encode(t.problem) and t.reward == moved.grade(t.problem, t.completion)
-        assert t.version == 5
         assert len(t.completion) == 8 or t.completion[-1] in moved.stop_ids
-        logprobs = moved.logprobs_and_values(moved.batch([t.prompt], [t.completion]), 0.7)[0][0].detach()
+        states = moved.states(moved.batch([t.prompt], [t.completion]))
+        logprobs = moved.logprobs(*states, 0.7)[0][0].detach()
         assert_close(torch.tensor(t.logprobs), logprobs, atol=1e-4, rtol=0)
     assert usage.generated >= 4 * 8 and usage.prefilled > 0 and usage.seconds > 0
     assert info["tree_visits"] == 8 and 0 < info["tree_answers"] < 8
@@ -70,7 +66,7 @@ def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, ti
     """Prevents training on a path that ends before its answer, a crash where no tree has one, and a budget spent
     on such trees without a word."""
     sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
-    config = tiny_config(tree=SearchConfig(simulations=2))
+    config = tiny_config(tree=TreeConfig(simulations=2))
     found, usage, info = collect_mcts(policy, sampler, problems, config, np.random.default_rng(0))
     assert found == [] and usage.generated > 0 and info["tree_answers"] == 0
     assert "no tree of this step has an answer" in capsys.readouterr().out
@@ -97,10 +93,10 @@ def test_plain_sampling_is_one_whole_completion_a_problem(moved, problems, tiny_
 def test_a_policy_that_repeats_itself_or_earns_without_being_right_is_seen(problems, answers, identical, wrong):
     """Prevents a collapse onto one answer, or a reward that is cheated, from hiding behind a good mean reward."""
     found = [
-        Trajectory(problem, [0], answer, [], Reward(value, value == 1, True, ""), 0, "")
+        Trajectory(problem, [0], answer, [], Reward(value, value == 1, True, ""))
         for problem, (answer, value) in zip(problems, answers)
     ]
-    row = summarize(found)
+    row = report.summarize(found)
     assert (row["identical"], row.get("wrong_reward")) == (identical, wrong if wrong is None else pytest.approx(wrong))
 
 
@@ -111,7 +107,7 @@ def test_a_policy_that_repeats_itself_or_earns_without_being_right_is_seen(probl
 def toy(monkeypatch):
     """A reward that a random model can learn: the share of even tokens, from -1 to 1."""
 
-    def grade(self, problem, completion, strict=True, exact=False):
+    def grade(self, problem, completion, exact=False):
         even = sum(token % 2 == 0 for token in completion) / len(completion)
         return Reward(2 * even - 1, even == 1, True, "toy")
 
@@ -144,8 +140,8 @@ def history(folder):
 def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config, method, capsys):
     """Prevents a method that does not run, or learns nothing, or the opposite; and a run that can't be plotted."""
     config = tiny_config(
-        search=method, tokens=0, steps=12, problems=8, evaluations=3, learning_rate=3e-3, schedule="constant",
-        kl_coefficient=0.01, test_problems=16, test_samples=8, loss="ppo" if method == "grpo" else "cispo",
+        method, tokens=0, steps=12, problems=8, evaluations=3, learning_rate=1e-2, kl_coefficient=0.01,
+        test_problems=16, test_samples=8,
     )  # fmt: skip
     scores = train(config, COLLECTORS[method])
     assert scores["after"].reward > scores["before"].reward + 0.15
@@ -168,22 +164,22 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
     plain = AutoModelForCausalLM.from_pretrained(config.folder / "policy")
     assert_close(plain.state_dict(), policy.lm.state_dict())
     saved = json.loads((config.folder / "config.json").read_text())
-    assert (saved["search"], saved["tree"]["simulations"], saved["seed"]) == (method, 8, 0)
+    assert (saved["method"], saved["seed"], saved["learning"]["problems"]) == (method, 0, 8)
+    assert (saved["tree"]["simulations"] if saved["tree"] else None) == (8 if method == "mcts" else None)
     printed = capsys.readouterr().out
     assert f"{method} (tiny, seed 0), 16 held-out problems" in printed and "12 steps" in printed
 
 
 @pytest.mark.parametrize("method", COLLECTORS)
 def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_config, monkeypatch, method):
-    """Prevents one method that is still paid for near misses, or graded strictly, where the others are not."""
+    """Prevents one method that is still paid for near misses where the others are not."""
 
-    def near(text, problem, strict):
-        assert not strict
+    def near(text, problem):
         return Reward(0.5, False, True, "near") if len(text) % 2 else Reward(1.0, True, True, "right")
 
     monkeypatch.setattr("policy.verify", near)
     for name, values in {"dense": {0.5, 1.0}, "exact": {-1.0, 1.0}}.items():
-        config = tiny_config(reward=name, strict=False, distill="answers" if method == "mcts" else "best-path")
+        config = tiny_config(method, reward=name, **({"lesson": "answers"} if method == "mcts" else {}))
         found, _, _ = COLLECTORS[method](moved, TorchSampler(moved), problems * 8, config, np.random.default_rng(0))
         assert {t.reward.value for t in found} <= values and all(
             t.reward.correct == (t.reward.value == 1) for t in found
@@ -197,12 +193,12 @@ def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_conf
 def test_right_answers_alone_move_the_policy(tiny_config, checkpoint, monkeypatch, method, right):
     """Prevents wrong answers from moving a policy that is to see right ones only; they teach the critic at most."""
 
-    def grade(self, problem, completion, strict=True, exact=False):
+    def grade(self, problem, completion, exact=False):
         good = right and completion[0] % 2 == 0
         return Reward(1.0 if good else completion[-1] % 3 / 3 - 1, good, True, "toy")
 
     monkeypatch.setattr(Policy, "grade", grade)
-    config = tiny_config(search=method, failures=False, steps=2, tokens=0)
+    config = tiny_config(method, failures=False, steps=2, tokens=0)
     train(config, COLLECTORS[method])
     learnt, start = load_policy(config.folder / "policy"), load_policy(checkpoint)
     pairs = zip(learnt.lm.state_dict().values(), start.lm.state_dict().values(), strict=True)
@@ -211,38 +207,35 @@ def test_right_answers_alone_move_the_policy(tiny_config, checkpoint, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("step", "progress", "schedule", "share"),
-    [
-        (0, 0.0, "linear", 0.25),
-        (1, 0.1, "linear", 0.5 * 0.9),
-        (9, 0.6, "linear", 0.4),
-        (0, 0.0, "constant", 0.25),
-        (9, 0.6, "constant", 1.0),
-    ],
+    ("step", "spent", "share"), [(0, 0.0, 0.25), (1, 0.1, 0.5 * 0.9), (9, 0.6, 0.4), (9, 1.0, 0.0)]
 )
-def test_rates_warm_up_by_steps_and_decay_by_the_budget(step, progress, schedule, share):
-    """Prevents a run at its peak rate from first to last; each group has a peak of its own."""
-    optimizer = SimpleNamespace(param_groups=[{"peak": 1.0}, {"peak": 0.01}])
-    ppo.set_rate(optimizer, {"step": step, "progress": progress}, Config(warmup=4, schedule=schedule))
+def test_rates_warm_up_by_steps_and_decay_by_the_budget(step, spent, share):
+    """Prevents a run at its first rate from beginning to end; each group has a rate of its own."""
+    optimizer = SimpleNamespace(param_groups=[{"initial_lr": 1.0}, {"initial_lr": 0.01}])
+    for _ in range(2):
+        set_rate(optimizer, LearningConfig(warmup=4), Progress(step=step, share=spent))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share, 0.01 * share])
 
 
-def test_evaluations_sample_as_the_run_asks(checkpoint, tiny_config, monkeypatch):
+def test_evaluations_sample_as_the_run_asks(tiny_config):
     """Prevents scores at another temperature or length than config.json says."""
     seen = []
-    monkeypatch.setattr(parts, "evaluate", lambda *args, **_: seen.append(args[3:]))
-    session.Session(tiny_config(eval_temperature=0.2, seed=3)).measure("validation", 5)
-    assert seen == [(5, 0.2, 8, 3)]
+    found = session.Session(
+        tiny_config(eval_temperature=0.2, seed=3), make_optimizer, lambda *args, **_: seen.append(args[2:])
+    )
+    found.score("validation", 5)
+    assert seen == [(found.problems["validation"], 5, 0.2, 8, 3)]
 
 
-def test_the_best_policy_is_kept_and_no_later_one(tiny_config, monkeypatch):
+def test_the_best_policy_is_kept_and_no_later_one(tiny_config):
     """Prevents a best/ that holds the last policy."""
     scores, kept = iter([0.2, 0.1, 0.2, 0.3]), []
     rest = dict(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
-    monkeypatch.setattr(session.Session, "measure", lambda *_: SimpleNamespace(mean_at_k=next(scores), **rest))
-    found, state = session.Session(tiny_config()), {"best": -1.0}
-    run = SimpleNamespace(publish=lambda name, save: kept.append((name, state["best"])))
-    assert [found.validate(run, state)["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
+    found = session.Session(
+        tiny_config(), make_optimizer, lambda *_, **__: SimpleNamespace(mean_at_k=next(scores), **rest)
+    )
+    found.run = SimpleNamespace(publish=lambda name, save: kept.append((name, found.progress.best)))
+    assert [found.validate()["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
     assert kept == [("best", 0.2), ("best", 0.3)]
 
 
@@ -253,7 +246,7 @@ def test_cpu_seconds_are_those_of_the_process(toy, tiny_config):
         time.sleep(0.5)
         return collect_samples(*args)
 
-    config = tiny_config(search="none", steps=3, tokens=0, evaluations=0, test_before=False)
+    config = tiny_config("none", steps=3, tokens=0, evaluations=0, test_before=False)
     train(config, slow)
     *steps, last = read_metrics(config.folder)
     assert last["seconds"] > sum(row["cpu_seconds"] for row in steps) + 3 * 0.25
@@ -261,7 +254,7 @@ def test_cpu_seconds_are_those_of_the_process(toy, tiny_config):
 
 def test_a_run_ends_with_its_token_budget_and_counts_it(toy, tiny_config):
     """Prevents methods compared at unequal compute."""
-    config = tiny_config(lora_rank=2, dtype="bfloat16", schedule="linear", value_gradient=True)
+    config = tiny_config(lora_rank=2, dtype="bfloat16", value_gradient=True)
     train(config, collect_mcts)
     generated = [row["generated"] for row in read_metrics(config.folder)]
     assert generated[-3] < 2_000 <= generated[-2] == generated[-1]
@@ -296,7 +289,7 @@ def test_a_seed_decides_a_whole_run(toy, tiny_config, tmp_path):
 )
 def test_a_resumed_run_ends_like_an_uninterrupted_one(toy, tiny_config, tmp_path, method, rank, optimizer):
     """Prevents a resume that loses optimiser state, value head, random stream, counters or metrics."""
-    settings = dict(search=method, lora_rank=rank, optimizer=optimizer, tokens=0, steps=4, evaluations=1)
+    settings = dict(method=method, lora_rank=rank, optimizer=optimizer, tokens=0, steps=4, evaluations=1)
     settings |= dict(learning_rate=1e-3, checkpoints=2)
     calls = []
 
@@ -329,21 +322,21 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(toy, tiny_config, tmp_path
 
 def test_a_finished_run_is_left_as_it_is(toy, tiny_config, capsys):
     """Prevents a second final test, which would change a published result's file."""
-    config = tiny_config(search="none", tokens=0, steps=1)
+    config = tiny_config("none", tokens=0, steps=1)
     train(config, collect_samples)
     before = (config.folder / "metrics.jsonl").read_text()
     capsys.readouterr()
-    launch.launch(ppo.COLLECTORS, ["--resume", str(config.folder)], "mcts")
+    program(["--resume", str(config.folder)])
     assert capsys.readouterr().out == f"{config.folder} is finished: nothing is left to do\n"
     with pytest.raises(SystemExit):  # not a larger budget that is dropped in silence
-        launch.launch(ppo.COLLECTORS, ["--resume", str(config.folder), "--steps", "2", "--force"], "mcts")
+        program(["--resume", str(config.folder), "--steps", "2", "--force"])
     assert f"is finished: a new run can start from its policy, --model {config.folder}" in capsys.readouterr().err
     assert (config.folder / "metrics.jsonl").read_text() == before
 
 
 def test_a_run_killed_in_its_final_test_does_that_test_only(toy, tiny_config, monkeypatch):
     """Prevents a run without a result, and one that trains beyond its budget."""
-    config = tiny_config(search="none", tokens=0, steps=2)
+    config = tiny_config("none", tokens=0, steps=2)
     train(config, collect_samples)
     whole = history(config.folder)
     lines = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -357,7 +350,7 @@ def interrupted(toy, tiny_config):
     """A run of two steps that was interrupted in its second; settings -> its configuration."""
 
     def run(**settings):
-        config = tiny_config(search="none", tokens=0, steps=2, checkpoints=2, **settings)
+        config = tiny_config("none", tokens=0, steps=2, checkpoints=2, **settings)
 
         def collect(policy, sampler, problems, config, rng):
             if policy.version == 1:
@@ -382,7 +375,7 @@ def test_forced_settings_hold_after_a_resume(interrupted):
     kept = weights(config.folder / "checkpoint")
     force(config, "--learning-rate 0 --value-learning-rate 0")
     assert_close(weights(config.folder / "policy"), kept, atol=0, rtol=0)
-    assert parse(["--resume", str(config.folder)], "none")[0].learning_rate == 0
+    assert parse(["--resume", str(config.folder)], "none")[0].learning.learning_rate == 0
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "paged-adamw8bit"), ("paged-adamw8bit", "adamw")])
@@ -398,7 +391,7 @@ def test_settings_that_the_checkpoint_does_not_fit_are_not_kept(interrupted):
     config = interrupted(lora_rank=2)
     with pytest.raises(ValueError, match="weights do not fit the model: go on with its own settings"):
         force(config, "--lora-rank 4")
-    assert parse(["--resume", str(config.folder)], "none")[0].lora_rank == 2
+    assert parse(["--resume", str(config.folder)], "none")[0].machine.lora_rank == 2
     force(config, "--learning-rate 0")
 
 
@@ -413,7 +406,7 @@ def test_evaluations_and_checkpoints_are_evenly_spaced_along_the_budget():
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, monkeypatch, capsys):
     """Prevents a run whose weights are NaN, and one that ends in a traceback."""
-    config = tiny_config(search="none", tokens=0, steps=4, checkpoints=4)
+    config = tiny_config("none", tokens=0, steps=4, checkpoints=4)
 
     def poisoned(policy, *rest):
         rows, usage, info = collect_samples(policy, *rest)
@@ -421,9 +414,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
             rows[0].logprobs[0] = math.nan
         return rows, usage, info
 
-    monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
+    monkeypatch.setattr(launch, "parse", lambda *_: (config, False))
     with pytest.raises(SystemExit) as stop:
-        cli.command(lambda: launch.launch({"none": poisoned}, [], "none"))
+        cli.command(lambda: program(collectors={"none": poisoned}))
     told = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 3 and re.fullmatch(
         r"error: \w+ is (nan|inf|-inf) in update 3, which was not made; .*", told
@@ -434,17 +427,20 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
     assert state["step"] == 2 and all(w.isfinite().all() for w in weights(config.folder / "checkpoint")[0].values())
 
 
-def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config):
+def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config, monkeypatch):
     """Prevents the rest of a budget spent on a policy that is lost, and its last good checkpoint overwritten."""
-    config = tiny_config(search="none", tokens=0, steps=9, checkpoints=9, max_kl=1e-9, patience=2, learning_rate=1e-3)
-    with pytest.raises(guard.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* --max-kl 1e-09"):
-        train(config, collect_samples)  # of the first step the policy is its own reference
-    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
-    assert run_folder.ending(read_metrics(config.folder)) == "stopped" and not run_folder.finished(config.folder)
-    assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
-    with pytest.raises(guard.Stopped, match="step 3"):
-        train(config, collect_samples, resume=True)
-    train(replace(config, max_kl=9.0), collect_samples, resume=True)
+    config = tiny_config("none", tokens=0, steps=9, checkpoints=9, learning_rate=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "Guard", lambda: guard.Guard(max_kl=1e-9, patience=2))
+        with pytest.raises(guard.Stopped, match=r"step 3: collapsed, 2 bad steps in a row: KL .* the limit is 1e-09"):
+            train(config, collect_samples)  # of the first step the policy is its own reference
+        assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
+        assert run_folder.ending(read_metrics(config.folder)) == "stopped" and not run_folder.finished(config.folder)
+        assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
+        with pytest.raises(guard.Stopped, match="step 3"):
+            train(config, collect_samples, resume=True)
+        assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
+    train(config, collect_samples, resume=True)
     assert [row["step"] for row in read_metrics(config.folder)] == [0, *range(1, 10), 9]
 
 
@@ -455,17 +451,17 @@ def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    config = tiny_config(search="none")
-    monkeypatch.setattr(ppo, "parse", lambda *_: (config, False))
+    config = tiny_config("none")
+    monkeypatch.setattr(launch, "parse", lambda *_: (config, False))
     monkeypatch.setattr("sys.argv", ["/somewhere/ppo.py"])
     with pytest.raises(SystemExit) as stop:
-        cli.command(lambda: launch.launch({"none": interrupted}, [], "none"))
+        cli.command(lambda: program(collectors={"none": interrupted}))
     assert stop.value.code == 130
     assert capsys.readouterr().err.endswith(f"interrupted; to go on: python ppo.py --resume {config.folder}\n")
-    monkeypatch.setattr(ppo, "parse", lambda *_: (replace(config, out=config.folder / "other"), False))
-    monkeypatch.setattr(ppo, "prepare", interrupted)
+    monkeypatch.setattr(launch, "parse", lambda *_: (replace(config, out=config.folder / "other"), False))
+    monkeypatch.setattr(session, "load_policy", interrupted)
     with pytest.raises(SystemExit):
-        cli.command(lambda: launch.launch({"none": interrupted}, [], "none"))
+        cli.command(lambda: program(collectors={"none": interrupted}))
     assert "to go on" not in capsys.readouterr().err
 
 
@@ -479,39 +475,42 @@ def test_trees_are_named_by_their_step(tiny_config):
 def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monkeypatch, capsys):
     """Prevents a run that fails and is halved again at every step, or after every --resume."""
 
-    def on_a_small_gpu(policy, group, *rest):
-        if sum(len(t.prompt) + len(t.completion) for t in group) > 40:
+    def on_a_small_gpu(policy, batch, *rest):
+        if batch.tokens.ids.numel() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return learner_batch_loss(policy, group, *rest)
+        return plain(policy, batch, *rest)
 
     def interrupted(*args):
         if len(read_metrics(config.folder)) == 4:
             raise KeyboardInterrupt
         return collect_samples(*args)
 
-    learner_batch_loss = ppo.batch_loss
-    monkeypatch.setattr(learner, "batch_loss", on_a_small_gpu)
-    config = tiny_config(search="none", micro_batch_tokens=80, tokens=0, steps=4, checkpoints=2)
+    plain = ppo.batch_loss
+    monkeypatch.setattr(ppo, "batch_loss", on_a_small_gpu)
+    config = tiny_config("none", micro_batch_tokens=80, tokens=0, steps=4, checkpoints=2)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     assert capsys.readouterr().out.count("warning: out of GPU memory with 80 tokens in a micro-batch") == 1
+    assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["micro_tokens"] == 40
     train(config, collect_samples, resume=True)
     assert [row.get("micro_tokens") for row in read_metrics(config.folder)] == [None, 40, 40, 40, 40, None]
     assert "out of GPU memory" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("limits", "state", "share"),
+    ("limits", "generated", "step", "share"),
     [
-        (dict(tokens=100), dict(generated=25, step=9), 0.25),
-        (dict(tokens=0, steps=10), dict(generated=25, step=9), 0.9),
-        (dict(tokens=100, steps=10), dict(generated=25, step=9), 0.9),
-        (dict(tokens=100, steps=10), dict(generated=120, step=1), 1.0),
+        (dict(tokens=100), 25, 9, 0.25),
+        (dict(tokens=0, steps=10), 25, 9, 0.9),
+        (dict(tokens=100, steps=10), 25, 9, 0.9),
+        (dict(tokens=100, steps=10), 120, 1, 1.0),
     ],
 )
-def test_progress_is_the_share_of_the_budget_that_ends_first(limits, state, share):
+def test_progress_is_the_share_of_the_budget_that_ends_first(limits, generated, step, share):
     """Prevents a learning rate below zero and a run past its budget."""
-    assert progress(state, Config(**limits)) == share
+    progress = Progress(step=step - 1, generated=generated - 20)
+    progress.advance(Usage(generated=20, prefilled=3, valued=4), BudgetConfig(**limits), seconds=0.5)
+    assert progress == Progress(step, generated, 3, 4, 0.5, share)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -521,21 +520,37 @@ def test_the_program_shows_its_configuration_and_runs_the_method(monkeypatch, ca
     """Prevents a method that runs under another's name."""
     seen = []
     monkeypatch.setattr(ppo, "train", lambda *args: seen.append(args))
-    launch.launch(ppo.COLLECTORS, ["--preset", "tiny", "--search", "none"], "mcts")
+    program(["--preset", "tiny", "--search", "none"])
     assert seen == [(preset_for("tiny", "none"), collect_samples, False)]
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert shown == [field.name for field in fields(Config)]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "none, preset tiny, assets/tiny: 1,500,000 generated tokens, into runs/none-tiny-seed0/"
+    assert second == "changed settings: none"
+    program(["--search", "none", "--seed", "3", "--learning-rate", "0.5", "--tokens", "0", "--steps", "7"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "none, preset tiny, assets/tiny: 7 steps, into runs/none-tiny-seed3/"
+    assert second == "changed settings: seed 3, tokens 0, steps 7, learning_rate 0.5"
+
+
+def test_a_method_of_another_program_is_refused(capsys):
+    """Prevents a run of a rival under the name of the search."""
+    with pytest.raises(SystemExit) as stop:
+        program(["--method", "grpo"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: this program runs mcts, none, not 'grpo': see ppo.py, baselines.py\n"
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_run_proposes_next_is_understood_and_of_its_kind(name):
     """Prevents a last line that is refused, or evaluates with other settings than the run's; none is proposed for a
     policy that has seen the test problems."""
-    config = replace(PRESETS[name], size=5)
-    proposed = report.ending({}, parts.START, config).split("evaluate.py ")[1]
-    found = cli.read_config(Evaluation, proposed.split())
-    for key in ("size", "max_tokens", "temperature", "dtype", "quantize"):
-        assert getattr(found, key) == getattr(config, key)
-    assert (found.model, found.search, found.prior) == (str(config.folder), "mcts", config.tree.prior)
-    assert found.distinct == config.tree.distinct
-    assert "evaluate.py" not in report.ending({}, parts.START, replace(config, split="post"))
+    config = PRESETS[name].change(size=5)
+    proposed = report.ending({}, Progress(), config).split("evaluate.py ")[1]
+    found = evaluation.parse(proposed.split())
+    assert (found.size, found.max_tokens) == (config.task.size, config.task.max_tokens)
+    assert (found.dtype, found.quantize) == (config.machine.dtype, config.machine.quantize)
+    assert found.temperature == config.learning.temperature
+    assert (found.model, found.method, found.tree.prior) == (str(config.folder), "mcts", config.tree.prior)
+    assert (found.tree.cutoff is None) == (config.tree.cutoff is None)
+    assert "evaluate.py" not in report.ending({}, Progress(), config.change(split="post"))

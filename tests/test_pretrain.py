@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import pretrain as module
 from countdown import Problem, follow, play_distribution, split_of, verify
-from runtime.loading import load_policy
+from experiments import pretrain as module
 from experiments.pretrain import PretrainConfig, build_tokenizer, encode_games, games, pretrain, write_game
+from runtime.loading import load_policy
 
 WORDS = ["Numbers:", "Target:", "left", "<step>", "</step>", "<answer>", "</answer>", *"+-*/()="]
 CONFIGS = st.builds(

@@ -12,18 +12,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-
 import policy as module
-import sampling
-from config import Config
+from config import Config, LearningConfig, MachineConfig, TreeConfig
+from ppo import collect_mcts, make_optimizer, train, update
+from runtime import session, torch_sampler
 from runtime.cli import parse
-from ppo import make_optimizer, update
 from runtime.loading import keep_packing, load_policy
-from config import SearchConfig
-from ppo import collect_mcts, train
 from runtime.run_folder import read_metrics
 from runtime.torch_sampler import TorchSampler
-from sampling import complete
+from sampling import SamplingParams, complete
 
 TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
 KINDS = {
@@ -38,15 +35,16 @@ KINDS = {
 
 @pytest.fixture
 def qwen_config(qwen, tmp_path):
-    """Configurations of runs of two steps of search; a kind of KINDS, and any field."""
+    """Configurations of runs of two steps of search; a kind of KINDS, and any setting by its name."""
 
     def make(kind, **changes):
         small = dict(
             model=str(qwen), out=tmp_path / "run", device="cpu", train_problems=20, tokens=0, steps=2, problems=3,
             max_tokens=24, warmup=0, evaluations=1, eval_problems=1, eval_samples=1, test_problems=1, test_samples=1,
-            learning_rate=1e-3, failures=True, tree=SearchConfig(simulations=6, children=2, step_tokens=12),
+            learning_rate=1e-3, failures=True,
         )  # fmt: skip
-        return Config(**(small | KINDS[kind] | changes))
+        tree = TreeConfig(simulations=6, children=2, step_tokens=12)
+        return Config(tree=tree).change(**(small | KINDS[kind] | changes))
 
     return make
 
@@ -80,7 +78,8 @@ def policy_logprobs(policy, prompts, completions, reference=False):
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         batch = policy.batch([prompt], [completion])
-        found.append(policy.reference_logprobs(batch) if reference else policy.logprobs_and_values(batch)[0])
+        logprobs = policy.reference_logprobs(batch) if reference else policy.logprobs(*policy.states(batch), 1.0)[0]
+        found.append(logprobs)
     return torch.cat(found, 1)[0]
 
 
@@ -118,7 +117,7 @@ def test_the_whole_loop_trains_what_it_should_and_its_policy_loads_anywhere(
         kept.append((policy, {name: p.detach().clone() for name, p in policy.named_parameters()}))
         return policy
 
-    monkeypatch.setattr(parts, "load_policy", loads)
+    monkeypatch.setattr(session, "load_policy", loads)
     config = qwen_config(kind)
     train(config, collect_mcts)
     ((policy, before),) = kept
@@ -133,7 +132,7 @@ def test_the_whole_loop_trains_what_it_should_and_its_policy_loads_anywhere(
     for row in rows:
         names = ("policy_loss", "value_loss", "kl", "entropy", "ratio", "gradient_norm", "disagreement_max")
         assert all(math.isfinite(row[name]) for name in names) and row["gradient_norm"] > 0
-        assert row["disagreement_mean"] < (1e-4 if config.dtype == "float32" else 0.02)  # 1e-6, 1e-3
+        assert row["disagreement_mean"] < (1e-4 if config.machine.dtype == "float32" else 0.02)  # 1e-6, 1e-3
         assert row["tree_answers"] > 0 and row["valued"] == 0  # the sampler has read them
 
     folder, (prompts, completions) = config.folder / "policy", examples(policy, problems)
@@ -217,13 +216,13 @@ def test_tokens_beyond_the_tokenizer_do_no_harm(qwen, problems, monkeypatch):
     bonus[named:] = 20.0
     monkeypatch.setattr(policy, "head", lambda hidden, **options: plain(hidden, **options) + bonus)
     prompts = [policy.encode(p) for p in problems]
-    steps, _ = TorchSampler(policy).sample(prompts, 2, [1, 2, 3, 4], 8, 1.0, stop_at_step=True)
-    rows, _ = complete(policy, TorchSampler(policy), problems, 2, [1, 2, 3, 4], 8, 1.0, "none")
+    steps, _ = TorchSampler(policy).sample(prompts, [1, 2, 3, 4], SamplingParams(2, 8, stop_at_step=True))
+    rows, _ = complete(policy, TorchSampler(policy), problems, [1, 2, 3, 4], SamplingParams(2, 8), policy.grade)
     drawn = [s.tokens for row in steps for s in row] + [t.completion for row in rows for t in row]
     assert sum(token >= named for tokens in drawn for token in tokens) > 100
     assert not any(t.reward.parsed for row in rows for t in row) and isinstance(policy.decode([named, size - 1]), str)
-    config = Config(lora_rank=4)
-    losses = update(policy, make_optimizer(policy, config), [t for row in rows for t in row], config)
+    config = Config(learning=LearningConfig(failures=True), machine=MachineConfig(lora_rank=4))
+    losses = update(policy, make_optimizer(policy, config), [t for row in rows for t in row], config.learning)
     assert math.isfinite(losses["policy_loss"]) and losses["disagreement_mean"] < 1e-3
 
 
@@ -245,8 +244,8 @@ def test_both_spellings_of_the_tag_end_a_step(qwen, monkeypatch, step):
     assert tags[0][0] != tags[1][0]
     ids = policy.tokenizer(step)["input_ids"]
     script = iter([*ids, *policy.tokenizer(" and more")["input_ids"]])
-    monkeypatch.setattr(sampling, "inverse_cdf", lambda logp, uniform: torch.tensor([next(script)]))
-    (((sample,),), _) = TorchSampler(policy).sample([[7]], 1, [0], len(ids) + 3, 1.0, True)
+    monkeypatch.setattr(torch_sampler, "inverse_cdf", lambda logp, uniform: torch.tensor([next(script)]))
+    (((sample,),), _) = TorchSampler(policy).sample([[7]], [0], SamplingParams(1, len(ids) + 3, stop_at_step=True))
     assert (sample.tokens, sample.ended) == (ids, "step")
 
 
@@ -257,9 +256,10 @@ def test_an_update_never_holds_the_logits_of_a_batch(qwen, problems, monkeypatch
     for lm in (policy.lm, policy.reference):
         if lm is not None:
             lm.get_output_embeddings().register_forward_hook(lambda layer, given, out: rows.append(out.numel() // 640))
-    items, _ = complete(policy, TorchSampler(policy), problems, 2, [1, 2, 3, 4], 8, 1.0, "none")
+    items, _ = complete(policy, TorchSampler(policy), problems, [1, 2, 3, 4], SamplingParams(2, 8), policy.grade)
     rows.clear()
     monkeypatch.setattr(module, "LOGIT_CHUNK", 4 * 640)
-    config = Config(lora_rank=4, old_logprobs="truncated")
-    update(policy, make_optimizer(policy, config), [t for row in items for t in row], config)
+    learning = LearningConfig(failures=True, old_logprobs="truncated")
+    optimizer = make_optimizer(policy, Config(learning=learning))
+    update(policy, optimizer, [t for row in items for t in row], learning)
     assert max(rows) == 4 and sum(rows) > 4 * 8 * 4

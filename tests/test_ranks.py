@@ -1,8 +1,7 @@
-"""Tests of ranks.py: two processes that compute one update."""
+"""Tests of runtime/ranks.py: two processes that compute one update."""
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,16 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import ppo
-from runtime import ranks
-from config import Config
-from runtime.samplers import pick_sampler
+from config import TINY, MachineConfig
+from countdown import Problem, Reward
 from policy import read_tensors
+from runtime import ranks
+from runtime.ranks import MicroBatchesOnRanks
 from runtime.run_folder import read_metrics
+from runtime.samplers import pick_sampler
+from sampling import Trajectory
 
-KIT = Path(ranks.__file__).parent
+KIT = Path(ppo.__file__).parent
 
 
 def together(monkeypatch, world, rank):
@@ -27,25 +29,32 @@ def together(monkeypatch, world, rank):
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
 
 
-def test_every_item_is_in_one_share_and_shares_are_about_as_large(monkeypatch):
+def of_lengths(*lengths: int) -> list[Trajectory]:
+    """Trajectories of so many tokens."""
+    return [Trajectory(Problem((1, 2), 3), [0] * length, [], [], Reward(0, False, False, "")) for length in lengths]
+
+
+def test_every_trajectory_is_in_one_share_and_shares_are_about_as_large(monkeypatch):
     """Prevents a trajectory that no rank or two learn from, and one rank for which all others wait."""
-    items = [9, 1, 5, 5, 2, 8, 7, 3, 3, 6]
+    trajectories = of_lengths(9, 1, 5, 5, 2, 8, 7, 3, 3, 6)
     shares = []
     for rank in range(3):
         together(monkeypatch, 3, rank)
-        shares.append(ranks.own_share(items, lambda item: item))
-    assert sorted(item for share in shares for item in share) == sorted(items)
-    assert max(map(sum, shares)) - min(map(sum, shares)) <= max(items)
+        shares.append(MicroBatchesOnRanks().own_share(trajectories))
+    assert sorted(id(t) for share in shares for t in share) == sorted(map(id, trajectories))
+    tokens = [sum(t.length for t in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(t.length for t in trajectories)
     together(monkeypatch, 3, 2)
-    assert ranks.own_share([4, 4], lambda item: item) == []
+    assert MicroBatchesOnRanks().own_share(of_lengths(4, 4)) == []
 
 
 def test_one_process_is_left_alone(monkeypatch):
     """Prevents another order of trajectories, so other sums, where nobody asked for ranks."""
-    items = [1, 9, 5]
+    trajectories = of_lengths(1, 9, 5)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert ranks.join("cpu") == 0 and ranks.world() == 1
-    assert ranks.own_share(items, lambda item: item) is items and ranks.broadcast(items) is items
+    assert MicroBatchesOnRanks().own_share(trajectories) is trajectories
+    assert ranks.broadcast(trajectories) is trajectories
 
 
 def test_more_processes_than_cards_is_one_line(monkeypatch):
@@ -57,42 +66,42 @@ def test_more_processes_than_cards_is_one_line(monkeypatch):
         ranks.join("cuda")
 
 
-def test_figures_of_two_ranks_are_those_of_one(monkeypatch):
+def test_metrics_of_two_ranks_are_those_of_one(monkeypatch):
     """Prevents a loss that is half of what it is, and a rank that runs out of memory again at every step."""
 
-    def gather(found, ours):
-        found[:] = [ours, ([False, True, False], {"disagreement_max": 0.3, "micro_tokens": 50})]
+    def gather(reports, ours):
+        reports[:] = [ours, ([False, True, False], {"disagreement_max": 0.3}, 50)]
 
     together(monkeypatch, 2, 0)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.mul_(2).add_(1))
-    ours, parameters = (
-        {"policy_loss": 1.5, "disagreement_max": 0.1, "micro_tokens": 100},
-        [torch.ones(1) for _ in "abc"],
-    )
+    micro, parameters = MicroBatchesOnRanks(100), [torch.ones(1) for _ in "abc"]
     parameters[0].grad = torch.ones(1)
-    assert ranks.add_up(parameters, ours) == {"policy_loss": 1.5, "disagreement_max": 0.3, "micro_tokens": 50}
+    ours = {"policy_loss": 1.5, "disagreement_max": 0.1}
+    assert micro.add_up(parameters, ours) == {"policy_loss": 1.5, "disagreement_max": 0.3}
+    assert micro.tokens == 50
     assert [p.grad for p in parameters] == [3, 1, None]  # what no rank has a gradient of stays without, and unmoved
 
 
 def test_vllm_is_left_to_generators(monkeypatch):
     """Prevents vLLM's process groups in the trainer's: both are the process's only ones."""
-    monkeypatch.setattr("engines.find_spec", lambda name: True)
-    monkeypatch.setattr("engines.serves", lambda *_: True)
-    auto, torch, vllm = (replace(Config(), sampler=sampler) for sampler in ("auto", "torch", "vllm"))
-    assert pick_sampler(auto, "cuda", False) == "vllm"
+    monkeypatch.setattr("runtime.samplers.find_spec", lambda name: True)
+    monkeypatch.setattr("runtime.samplers.serves", lambda *_: True)
+    auto, torch, vllm = (MachineConfig(sampler=sampler) for sampler in ("auto", "torch", "vllm"))
+    assert pick_sampler(auto, TINY, "cuda", False) == "vllm"
     together(monkeypatch, 2, 0)
-    assert pick_sampler(auto, "cuda", False) == pick_sampler(torch, "cuda", False) == "torch"
+    assert pick_sampler(auto, TINY, "cuda", False) == pick_sampler(torch, TINY, "cuda", False) == "torch"
     with pytest.raises(ValueError, match="vLLM can't run beside torchrun's ranks"):
-        pick_sampler(vllm, "cuda", False)
+        pick_sampler(vllm, TINY, "cuda", False)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_like_one(tiny_config, tmp_path):
     """Prevents gradients that are averaged or left out, a norm of a share, other weights or optimiser state on the
     second process, and log-probabilities that only one of them recomputes."""
     settings = dict(
         tokens=0, steps=5, problems=5, learning_rate=1e-3, inner_steps=2, clip_gradient=0.05,
-        old_logprobs="recomputed", micro_batch_tokens=100, distill="best-path-tree", checkpoints=5, evaluations=0,
+        old_logprobs="recomputed", micro_batch_tokens=100, lesson="best-path-tree", checkpoints=5, evaluations=0,
     )  # fmt: skip
     ppo.train(tiny_config(out=tmp_path / "one", **settings), ppo.collect_mcts)
 
@@ -106,7 +115,7 @@ def test_two_processes_go_on_like_one(tiny_config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, KIT / "ppo.py", "--resume", tmp_path / "two"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 steps") == 1  # one process speaks
+    assert done.stdout.count("tokens generated") == 1  # one process speaks
 
     names = ("step", "trajectories", "policy_loss", "value_loss", "kl", "disagreement_max", "gradient_norm")
     one, two = (

@@ -1,5 +1,8 @@
-"""Tests of sampling.py: what is drawn and what it cost; test_samplers.py has log-probabilities and where it stops.
-Distributions are compared with softmax by chi-square, tokens with transformers' own generate."""
+"""Tests of sampling.py, runtime/torch_sampler.py, beams.py and cache.py: what is drawn and what it cost.
+
+Distributions are compared with softmax by chi-square, tokens with transformers' own generate. Log-probabilities and
+stops are in test_samplers.py.
+"""
 
 import math
 import shutil
@@ -12,8 +15,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from runtime.beams import Beams, Draws
+from runtime.cache import merge_rows
 from runtime.loading import load_policy
-from runtime.torch_sampler import Beams, TorchSampler, inverse_cdf, share
+from runtime.torch_sampler import TorchSampler, inverse_cdf
 from sampling import SamplingParams, Usage, complete, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
@@ -26,11 +31,9 @@ SHAPE = (
 LOGITS = st.lists(st.floats(-30, 5), min_size=1, max_size=12)
 
 
-def draw(
-    policy, prefixes=PREFIXES, n=3, seeds=SEEDS, max_tokens=12, temperature=1.0, stop_at_step=True, batch=1024,
-    distinct=None,
-):  # fmt: skip
-    return TorchSampler(policy, batch).sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step, distinct)
+def draw(policy, prefixes=PREFIXES, seeds=SEEDS, batch=1024, n=3, max_tokens=12, stop_at_step=True, **settings):
+    params = SamplingParams(n, max_tokens, stop_at_step=stop_at_step, **settings)
+    return TorchSampler(policy, batch).sample(prefixes, seeds, params)
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def test_distinct_samples_are_drawn_without_replacement(few):
     names, p = list(odds), np.array(list(odds.values()))
     assert len(names) == 15 and p.sum() == pytest.approx(1)
     second = np.array([(p * p[b] / (1 - p)).sum() - p[b] ** 2 / (1 - p[b]) for b in range(len(p))])
-    rows, _ = draw(policy, [[5, 9, 40]] * 4_000, 3, range(4_000), 3, distinct=SamplingParams())
+    rows, _ = draw(policy, [[5, 9, 40]] * 4_000, range(4_000), max_tokens=3, cutoff=0)
     drawn = [[names.index(tuple(s.tokens)) for s in row] for row in rows]
     assert all(len(set(row)) == 3 for row in drawn)
     for place, expected in enumerate((p, second)):
@@ -147,28 +150,29 @@ def test_distinct_samples_are_drawn_without_replacement(few):
 
 
 def test_there_are_fewer_distinct_samples_where_there_are_not_more(few):
-    """Prevents the same step twice, or an empty one, where a policy has no more to say, and less likely ones than
-    `min_p` lets through."""
+    """Prevents the same step twice, or an empty one, where a policy has no more to say, and steps less likely than the
+    cutoff allows."""
     policy, enumerate_all = few
-    rows, usage = draw(policy, [[5, 9, 40], [7]], 20, [0, 1], 3, distinct=SamplingParams())
+    rows, usage = draw(policy, [[5, 9, 40], [7]], [0, 1], n=20, max_tokens=3, cutoff=0)
     assert [{tuple(s.tokens) for s in row} for row in rows] == [set(enumerate_all(p)) for p in ([5, 9, 40], [7])]
     assert [len(row) for row in rows] == [15, 15]
     drawn = {(i, *s.tokens[: t + 1]) for i, row in enumerate(rows) for s in row for t in range(len(s.tokens))}
     assert usage.generated == len(drawn)  # what they have in common once
-    for row in draw(policy, [[5, 9, 40]] * 100, 20, range(100), 3, distinct=SamplingParams(min_p=0.3))[0]:
+    for row in draw(policy, [[5, 9, 40]] * 100, range(100), n=20, max_tokens=3, cutoff=0.3)[0]:
         likely = [sum(s.logprobs) for s in row]
         assert min(likely) >= max(likely) + math.log(0.3)
         assert 0 < len({tuple(s.tokens) for s in row}) == len(row) < 15
 
 
-def test_what_min_p_has_dropped_is_no_measure_of_what_goes_on():
-    """Prevents a node without children: one of two branches splits into twelve and is dropped, then the other one
-    splits as well, and is dropped for being less likely than one of the twelve was."""
+def test_what_the_cutoff_has_dropped_is_compared_with_nothing_later():
+    """Prevents a node without children: one of two branches splits into twelve and is dropped; then the other one
+    splits too, and would be dropped for being less likely than one of the twelve was."""
     beams, alive, alive_then = Beams(1, 2, 0.3, "cpu"), torch.tensor([0]), []
     for drawn in ([[0.55, 0.45]], [[1.0, 1e-9], [1 / 12, 1 / 12]], [[0.01, 0.01]]):
         p = torch.tensor(drawn, dtype=torch.float64)  # [s, 2]
-        left = torch.stack([torch.ones(len(p)), 1 - p[:, 0].clamp(max=1 - 1e-9)], 1).log()
-        alive = beams.choose(alive, p.log(), left, torch.full_like(p, 0.5))[1]
+        log_mass = torch.stack([torch.ones(len(p)), 1 - p[:, 0].clamp(max=1 - 1e-9)], 1).log()
+        draws = Draws(torch.zeros_like(p, dtype=torch.long), p.log(), log_mass)
+        alive = beams.choose(alive, draws, torch.full_like(p, 0.5)).alive
         alive_then.append(len(alive))
     assert alive_then == [2, 1, 2]
 
@@ -185,16 +189,15 @@ def assert_same_draws(one, other):
 
 @settings(max_examples=10)
 @given(
-    st.permutations(range(5)), st.integers(1, 5), st.sampled_from([1, 4, 6, 1024]),
-    st.sampled_from([None, SamplingParams(), SamplingParams(0.01)]),
+    st.permutations(range(5)), st.integers(1, 5), st.sampled_from([1, 4, 6, 1024]), st.sampled_from([None, 0, 0.01])
 )  # fmt: skip
-def test_draws_of_a_prefix_depend_on_its_seed_alone(stopping, order, kept, batch, distinct):
+def test_draws_of_a_prefix_depend_on_its_seed_alone(stopping, order, size, batch, cutoff):
     """Prevents results that change with the number of workers, the order of problems or the memory of a machine."""
-    everything, _ = draw(stopping, distinct=distinct)
-    some = order[:kept]
-    seeds = [SEEDS[i] for i in some]
-    found, _ = draw(stopping, [PREFIXES[i] for i in some], seeds=seeds, batch=batch, distinct=distinct)
-    assert_same_draws(found, [everything[i] for i in some])
+    everything, _ = draw(stopping, cutoff=cutoff)
+    subset = order[:size]
+    prefixes, seeds = [PREFIXES[i] for i in subset], [SEEDS[i] for i in subset]
+    drawn, _ = draw(stopping, prefixes, seeds, batch, cutoff=cutoff)
+    assert_same_draws(drawn, [everything[i] for i in subset])
 
 
 # ------------------------------------------------------------------------------------------------ cost
@@ -216,36 +219,36 @@ def test_siblings_share_what_they_have_in_common_and_ended_rows_leave_the_batch(
 def test_samples_share_a_row_as_long_as_they_are_equal(pairs):
     """Prevents a sample that reads another's states, a row copied after it was overwritten, and rows without use."""
     old, drawn = (torch.tensor(column) for column in zip(*pairs))
-    parent, moved, place, row, token = share(old, drawn)
-    new = {}
-    for pair, at in zip(pairs, row.tolist(), strict=True):
-        assert new.setdefault(at, pair) == pair
-    assert sorted(new) == list(range(len(set(pairs)))) == sorted(place.tolist())
-    for source, at, what in zip(parent.tolist(), place.tolist(), token.tolist(), strict=True):
-        assert new[at] == (source, what)
-    stay = sorted(set(range(len(place))) - set(moved.tolist()))
-    assert torch.equal(parent[stay], place[stay])
-    assert not set(parent[moved].tolist()) & set(place[moved].tolist())
+    source, ids, row = (column.tolist() for column in merge_rows(old, drawn))
+    pair_of = {}  # new row -> old row and token
+    for pair, new in zip(pairs, row, strict=True):
+        assert pair_of.setdefault(new, pair) == pair
+    assert sorted(pair_of) == list(range(len(set(pairs)))) == list(range(len(source)))
+    for new, pair in enumerate(zip(source, ids, strict=True)):
+        assert pair_of[new] == pair
+    stay = {new for new, parent in enumerate(source) if new == parent}
+    assert stay == {parent for parent in source if parent < len(source)}  # no copy where none is needed
+    moved = set(range(len(source))) - stay
+    assert not {source[new] for new in moved} & moved
 
 
-def search_twice(policy, sampler, n=6, seed=1, distinct=None):
-    """Two waves of a search: the steps that go on, sampled from once more. Returns states, samples and usages."""
-    states, found = [list(prefix) for prefix in PREFIXES], []
+def search_waves(sampler, n=6, cutoff=None):
+    """Three waves of a search: from the second on, of the steps that go on. Returns states, samples and usages."""
+    states, waves = [list(prefix) for prefix in PREFIXES], []
     for wave in range(3):
-        rows, usage = sampler.sample(
-            states, n, [seed + 100 * wave + i for i in range(len(states))], 6, 1.0, True, distinct
-        )
-        found.append((states, rows, usage))
+        seeds = [1 + 100 * wave + i for i in range(len(states))]
+        rows, usage = sampler.sample(states, seeds, SamplingParams(n, 6, stop_at_step=True, cutoff=cutoff))
+        waves.append((states, rows, usage))
         states = [state + s.tokens for state, row in zip(states, rows) for s in row[:2] if s.ended != "end"]
-    return found
+    return waves
 
 
-@pytest.mark.parametrize("distinct", [None, SamplingParams(), SamplingParams(min_p=0.01)], ids=["independent", "distinct", "min-p"])
-def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping, distinct):
+@pytest.mark.parametrize("cutoff", [None, 0, 0.01], ids=["independent", "distinct", "cutoff"])
+def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(stopping, cutoff):
     """Prevents prefixes run again for every wave, and states inherited from another sequence, position or column."""
-    kept, bare = TorchSampler(stopping), TorchSampler(stopping, kept=0)
-    found = (search_twice(stopping, sampler, distinct=distinct) for sampler in (kept, bare))
-    for wave, (one, other) in enumerate(zip(*found)):
+    samplers = TorchSampler(stopping), TorchSampler(stopping, kept=0)
+    searches = [search_waves(sampler, cutoff=cutoff) for sampler in samplers]
+    for wave, (one, other) in enumerate(zip(*searches)):
         (states, rows, usage), (_, again, plain) = one, other
         assert_same_draws(rows, again)
         assert len({len(state) for state in states}) > 2 and plain.prefilled == sum(map(len, states))
@@ -255,12 +258,12 @@ def test_a_search_runs_each_token_once_and_draws_what_it_would_without_a_cache(s
 def test_the_critic_reads_nothing_that_the_sampler_has_read(stopping):
     """Prevents a second pass over every state, and values of other states or weights than asked for."""
     sampler = TorchSampler(stopping)
-    for states, _, _ in search_twice(stopping, sampler)[-1:]:
-        found, usage = sampler.values(states[::-1])
-        assert usage.valued == 0 and len(set(found)) > 3
-        assert_close(found, stopping.values(states[::-1]), atol=1e-5, rtol=0)
-    found, usage = sampler.values([*states, [9, 9]])
-    assert_close(found, stopping.values([*states, [9, 9]]))
+    states, _, _ = search_waves(sampler)[-1]
+    values, usage = sampler.values(states[::-1])
+    assert usage.valued == 0 and len(set(values)) > 3
+    assert_close(values, stopping.values(states[::-1]), atol=1e-5, rtol=0)
+    values, usage = sampler.values([*states, [9, 9]])
+    assert_close(values, stopping.values([*states, [9, 9]]))
     assert usage.valued == sum(map(len, states)) + 2
     stopping.version += 1
     assert sampler.values(states)[1].valued == sum(map(len, states))
@@ -268,35 +271,39 @@ def test_the_critic_reads_nothing_that_the_sampler_has_read(stopping):
 
 def test_what_was_kept_is_forgotten_with_its_weights_and_when_it_is_too_much(stopping):
     """Prevents keys and values of old weights, and a cache that outgrows its memory or fails when it is full."""
-    for wave, (_, rows, _) in enumerate(search_twice(stopping, sampler := TorchSampler(stopping, kept=60))):
-        assert_same_draws(rows, search_twice(stopping, TorchSampler(stopping, kept=0))[wave][1])
+    sampler = TorchSampler(stopping, kept=60)
+    bare = search_waves(TorchSampler(stopping, kept=0))
+    for wave, (_, rows, _) in enumerate(search_waves(sampler)):
+        assert_same_draws(rows, bare[wave][1])
         assert sampler.pool.used <= 60
     assert sampler.pool.full
     sampler = TorchSampler(stopping)
-    (states, rows, _), *_ = search_twice(stopping, sampler)
+    (states, rows, _), *_ = search_waves(sampler)
     with torch.no_grad():
         stopping.lm.get_input_embeddings().weight[5:].mul_(1.5)
     stopping.version += 1
-    again, usage = sampler.sample(states, 6, [1, 2, 3, 4, 5], 6, 1.0, True)
-    fresh, _ = TorchSampler(stopping).sample(states, 6, [1, 2, 3, 4, 5], 6, 1.0, True)
+    params = SamplingParams(6, 6, stop_at_step=True)
+    again, usage = sampler.sample(states, [1, 2, 3, 4, 5], params)
+    fresh, _ = TorchSampler(stopping).sample(states, [1, 2, 3, 4, 5], params)
     assert_same_draws(again, fresh)
     assert usage.prefilled == sum(map(len, states)) and [s.tokens for s in again[0]] != [s.tokens for s in rows[0]]
     sampler.rest()
-    assert not sampler.pool.layers and sampler.pool.used == 0 and not sampler.read
+    assert not sampler.pool.layers and sampler.pool.used == 0 and not sampler.states
 
 
 def test_what_the_critic_will_need_is_all_that_is_kept_of_a_prefill(stopping):
     """Prevents the hidden states of all prefix tokens, of which only the last ones are read, from staying in memory."""
     sampler = TorchSampler(stopping)
-    sampler.sample(PREFIXES, 2, SEEDS, 4, 1.0, True)
-    storages = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in sampler.read.values()}
-    assert sum(storages.values()) == len(PREFIXES) * stopping.lm.config.hidden_size * 4
+    sampler.sample(PREFIXES, SEEDS, SamplingParams(2, 4, stop_at_step=True))
+    storages = [state.untyped_storage() for state in sampler.states.values()]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert sum(sizes.values()) == len(PREFIXES) * stopping.lm.config.hidden_size * 4
 
 
 def test_identical_siblings_are_kept_once(moved):
     """Prevents a cache that fills with copies: a sure policy writes the same step many times."""
     sampler = TorchSampler(moved)
-    rows, _ = sampler.sample([[7]], 8, [0], 4, 1e-6, True)
+    rows, _ = sampler.sample([[7]], [0], SamplingParams(8, 4, 1e-6, stop_at_step=True))
     assert len({tuple(s.tokens) for s in rows[0]}) == 1 and sampler.pool.used == 1 + 3
 
 
@@ -311,7 +318,7 @@ def test_sliding_windows_are_those_of_transformers(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "sliding")
     model.save_pretrained(tmp_path / "sliding")
     policy = load_policy(tmp_path / "sliding", train=False)
-    for states, rows, _ in search_twice(policy, TorchSampler(policy), n=2):
+    for states, rows, _ in search_waves(TorchSampler(policy), n=2):
         for prefix, sample in ((prefix, s) for prefix, row in zip(states, rows) for s in row):
             with torch.no_grad():
                 logits = policy.lm(input_ids=torch.tensor([prefix + sample.tokens]), use_cache=False).logits[0]
@@ -334,16 +341,15 @@ def test_streams_are_the_same_everywhere_and_differ_by_key():
 
 
 def test_completions_are_graded_with_their_own_problem(policy, fake_sampler, problems):
-    """Prevents rewards of a neighbour's problem, and a trajectory that forgets who sampled it."""
+    """Prevents rewards of a neighbour's problem, and a trajectory with another prompt or without log-probabilities."""
     right = policy.tokenizer("<answer> 2 + 3 </answer> <|end|>")["input_ids"]
-    policy.version = 7
     sampler = fake_sampler(lambda prefix: [(right, 1.0, "end")])
-    rows, usage = complete(policy, sampler, problems, 2, SEEDS[:4], 64, 1.0, "best-of-n")
+    rows, usage = complete(policy, sampler, problems, SEEDS[:4], SamplingParams(2, 64), policy.grade)
     assert [[t.reward.reason for t in row] for row in rows] == [
         ["correct"] * 2, ["wrong value"] * 2, ["numbers"] * 2, ["numbers"] * 2
     ]  # fmt: skip
     for problem, row in zip(problems, rows):
         for t in row:
             assert (t.problem, t.prompt, t.completion) == (problem, policy.encode(problem), right)
-            assert (t.version, t.source, t.advantages, len(t.logprobs)) == (7, "best-of-n", None, len(right))
+            assert (t.advantages, len(t.logprobs)) == (None, len(right))
     assert usage.generated == 8 * len(right)

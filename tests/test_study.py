@@ -1,4 +1,4 @@
-"""Tests of study.py: which runs there are, and that none is done twice, lost or left half done."""
+"""Tests of experiments/study.py: which runs there are, and that none is done twice, lost or left half done."""
 
 import json
 import os
@@ -15,21 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime import cli
-from runtime import files
-from runtime import run_folder
-from experiments import study
-from experiments import tables
+import evaluate
 from config import Config
-from runtime.cli import parse
-from evaluate import Evaluation
+from experiments import study, tables
 from experiments.study import StudyConfig
+from runtime import files, launch, run_folder
+
+RESULTS = Path(study.__file__).parents[1] / "results"
 
 
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
     """Programs that are only recorded: each writes a finished run unless its name is in `failing`."""
-    calls, failing, alone = [], set(), Lock()
+    calls, failing, lock = [], set(), Lock()
     monkeypatch.chdir(tmp_path)
 
     def run(command, env, **_):
@@ -38,9 +36,9 @@ def programs(monkeypatch, tmp_path):
         calls.append((program, options, env["OMP_NUM_THREADS"]))
         folder.mkdir(parents=True, exist_ok=True)
         if "--out" in options:
-            with alone:  # tyro's messages are caught by a redirection of the whole process
-                config = parse(*study.configuration([program, *options]))[0]
-            (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
+            with lock:  # tyro's messages are caught by a redirection of the whole process
+                settings = study.settings_of([program, *options])
+            (folder / "config.json").write_text(json.dumps(settings))
         if folder.name in failing:
             (folder / "checkpoint").mkdir()
             return SimpleNamespace(returncode=2, stderr="a line\nerror: no luck\n")
@@ -80,8 +78,8 @@ def test_a_run_without_a_checkpoint_is_left_to_the_program(programs, monkeypatch
     """Prevents the loss of a run that another process is writing: the program asks for its lock, the study does not."""
     folder = Path("runs/compare/mcts-seed1")
     folder.mkdir(parents=True)
-    config = parse(f"{dict(study.compare(StudyConfig('compare')))['mcts-seed1']} --preset tiny".split()[1:], "mcts")[0]
-    (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
+    command = dict(study.compare(StudyConfig("compare")))["mcts-seed1"]
+    (folder / "config.json").write_text(json.dumps(study.settings_of(command.split())))
     (folder / "trees").mkdir()
     start(monkeypatch, "compare", "--seeds", "1", "--methods", "mcts")
     assert programs[0][0][1] == ["--resume", str(folder)] and (folder / "trees").exists()
@@ -117,13 +115,16 @@ def test_ctrl_c_ends_the_study(programs, monkeypatch):
 
 
 def test_stages_leave_out_what_they_say(tmp_path):
-    """Prevents hours of runs that nobody asked for, tests at 0.2 of runs that have no policy, and of one that was
-    taught the test's own problems."""
+    """Prevents hours of runs that nobody asked for, tests at 0.2 of runs that have no policy or have learnt the test's
+    own problems, and a stage without distinct answers."""
     config = StudyConfig("cold", methods=("mcts",), out=tmp_path)
     files.write(tmp_path / "compare" / "mcts-seed2" / "metrics.jsonl", '{"step": 9, "stopped": "collapsed"}\n')
     names = dict(study.cold(config)).keys()
     assert "mcts-seed1" in names and not {"mcts-seed2", "cispo-seed1", "leaking-split-seed1"} & names
     assert len(dict(study.ablate(config))) == 3 * len(study.ABLATIONS)
+    fresh = dict(study.fresh(StudyConfig("fresh", seeds=1)))
+    distinct = {f"{method}-16x4-p0.3{end}-seed1" for method in ("best-of-n", "cispo") for end in ("", "-exact")}
+    assert fresh.keys() == {"base", *(f"{method}-seed1" for method in study.METHODS), *distinct}
     assert {name.partition("-")[0] for name in dict(study.rivals(StudyConfig("rivals", methods=("none",))))} == {"none"}
 
 
@@ -134,9 +135,7 @@ def test_a_collapsed_run_is_a_result(programs, monkeypatch, capsys, tmp_path):
     def collapse(command, **_):
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(
-            json.dumps(asdict(parse(*study.configuration(command[1:]))[0]), default=str)
-        )
+        (folder / "config.json").write_text(json.dumps(study.settings_of(command[1:])))
         (folder / "metrics.jsonl").write_text('{"step": 9, "generated": 90, "stopped": "collapsed"}\n')
         programs[0].append(command)
         return SimpleNamespace(returncode=3, stderr="error: step 9: collapsed\n")
@@ -164,18 +163,18 @@ def test_a_run_with_other_settings_is_not_taken_for_done(programs, monkeypatch, 
 def test_committed_runs_are_what_the_study_asks_for():
     """Prevents figures from runs that the study's own table would not make again, and hours of runs in the table that
     no figure has waited for."""
-    found = 0
+    finished = 0
     for stage, jobs in study.STAGES.items():
         for name, command in jobs(StudyConfig(stage)):
-            study.check_settings(Path(study.__file__).parent / "results" / stage / name, command.split())
-            found += run_folder.finished(Path(study.__file__).parent / "results" / stage / name)
-    assert found >= 206
+            study.check_settings(RESULTS / stage / name, command.split())
+            finished += run_folder.finished(RESULTS / stage / name)
+    assert finished >= 206
     for stage in ("tune", "compare", "samples"):
-        kept = {folder.name for folder in (Path(study.__file__).parent / "results" / stage).iterdir()}
-        assert kept == dict(study.STAGES[stage](StudyConfig(stage))).keys()
+        runs = {folder.name for folder in (RESULTS / stage).iterdir()}
+        assert runs == dict(study.STAGES[stage](StudyConfig(stage))).keys()
     for stage in study.EVALUATED:
-        measured = {file.stem for file in (Path(study.__file__).parent / "results" / stage).iterdir()}
-        assert measured and measured <= dict(study.STAGES[stage](StudyConfig(stage))).keys()
+        evaluations = {file.stem for file in (RESULTS / stage).iterdir()}
+        assert evaluations and evaluations <= dict(study.STAGES[stage](StudyConfig(stage))).keys()
 
 
 @pytest.mark.parametrize("stage", [stage for stage in study.STAGES if stage not in study.EVALUATED])
@@ -185,16 +184,19 @@ def test_every_command_is_a_configuration(stage, monkeypatch, tmp_path):
     import baselines
     import ppo
 
-    jobs, found = list(study.STAGES[stage](StudyConfig(stage, seeds=2))), []
+    jobs, configs = list(study.STAGES[stage](StudyConfig(stage, seeds=2))), []
     assert len({name for name, _ in jobs}) == len(jobs) >= 5
-    monkeypatch.setattr(ppo, "train", lambda config, *_: found.append(config))
+    trainer = launch.Trainer(lambda config, *_: configs.append(config), None, None, None)
+    monkeypatch.setattr(baselines, "Trainer", lambda *_: trainer)
     for _, command in jobs:
         program, *options = [*command.split(), "--preset", "tiny"]
-        monkeypatch.setattr("sys.argv", [program, *options])
-        launch.launch(ppo.COLLECTORS, options, "mcts") if program == "ppo.py" else baselines.main()
-    assert len(found) == len(jobs) and all(isinstance(config, Config) for config in found)
-    assert len({str(config) for config in found}) == len(jobs)
-    assert {config.tokens for config in found} == {400_000 if stage == "chat" else 1_000_000}
+        if program == "ppo.py":
+            launch.launch(options, "mcts", ppo.COLLECTORS, trainer)
+        else:
+            baselines.main(options)
+    assert len(configs) == len(jobs) and all(isinstance(config, Config) for config in configs)
+    assert len({str(config) for config in configs}) == len(jobs)
+    assert {config.budget.tokens for config in configs} == {400_000 if stage == "chat" else 1_000_000}
 
 
 def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
@@ -202,17 +204,17 @@ def test_a_search_is_measured_once(monkeypatch, tmp_path, capsys):
     result."""
     calls = []
 
-    def evaluate(command, **_):
-        config = cli.read_config(Evaluation, command[2:])
+    def run(command, **_):
+        config = evaluate.parse(command[2:])
         calls.append(config)
-        if config.distinct:
+        if config.cutoff is not None:
             return SimpleNamespace(returncode=2, stderr="error: no luck\n")
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(asdict(config), default=str))
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "run", evaluate)
+    monkeypatch.setattr(subprocess, "run", run)
     for _ in range(2):
         with pytest.raises(SystemExit):
             start(monkeypatch, "search", "--jobs", "1")

@@ -9,7 +9,7 @@ from benchmarks.random_qwen import THIN, Shape, make_checkpoint
 from runtime.cli import parse
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
-from sampling import complete
+from sampling import SamplingParams, complete
 from scripts import warm_up as module
 from scripts.warm_up import WarmUpConfig, warm_up
 
@@ -28,7 +28,8 @@ def test_the_games_are_learnt(warm, problems):
     config, losses = warm
     assert losses[0] > 5 and losses[-1] < 2 and len(losses) == 50
     policy = load_policy(config.folder, train=False)
-    rows, _ = complete(policy, TorchSampler(policy), problems, 8, [1, 2, 3, 4], 160, 0.5, "none")
+    params = SamplingParams(8, 160, temperature=0.5)
+    rows, _ = complete(policy, TorchSampler(policy), problems, [1, 2, 3, 4], params, policy.grade)
     answers = [policy.decode(t.completion) for row in rows for t in row]
     assert sum(text.strip().startswith("<step>") and "</step>" in text for text in answers) > 16  # of 32
 
