@@ -19,7 +19,7 @@ TINY = "assets/tiny"  # the embedded policy
 METHODS = ("mcts", "best-of-n", "cispo", "grpo", "none")
 GROUP_METHODS = ("cispo", "grpo")
 SAMPLING_METHODS = ("best-of-n", *GROUP_METHODS)
-LESSONS = (
+LESSON_NAMES = (
     "best-path", "best-answer", "best-path-q", "best-path-tree", "every-answer", "answers", "steps", "visits",
 )  # fmt: skip
 
@@ -144,7 +144,7 @@ class DistillConfig:
     dump_trees: int = 0  # trees of each step to keep, as RUN/trees/STEP.json
 
     def __post_init__(self):
-        check_choices(self, lesson=LESSONS)
+        check_choices(self, lesson=LESSON_NAMES)
         check(self, "at least", 0, "dump_trees")
 
 
@@ -335,7 +335,8 @@ class Config:
     @property
     def cutoff(self) -> float | None:
         """The cutoff of distinct draws; None where draws are independent."""
-        return self.tree.cutoff if self.tree else self.group.cutoff if self.group else None
+        topic = self.tree or self.group
+        return topic.cutoff if topic else None
 
     @property
     def folder(self) -> Path:

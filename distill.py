@@ -13,7 +13,8 @@ The other lessons, for comparison:
     visits           every answer; the tokens of a step have advantage pi(child) - mu(child), after AlphaZero. pi is the
                      child's share of its siblings' visits, mu its share of their samples (1/K if distinct)
 
-In the last three the critic learns the tree's values too.
+In the last three the critic learns the tree's values too. In all of them ppo.teaches_policy decides whether a wrong
+answer teaches the policy.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from config import SearchConfig
-from mcts import Node, Tree, statistics
+from mcts import Node, Tree, child_arrays
 from sampling import Trajectory
 from selection import gumbel_scores
 
@@ -46,12 +47,11 @@ def most_visited_path(tree: Tree, config: SearchConfig) -> Node | None:
         return None
     node = tree.root
     while node.children:
-        children = statistics(node, config)
-        ties = children.q
+        scores = child_arrays(node, config).q
         if config.selection == "gumbel" and node is tree.root:
-            ties = gumbel_scores(children, node.value if node.value is not None else 0.0)
-        ranked = sorted(zip(node.children, ties), key=lambda pair: (pair[0].visits, pair[1]), reverse=True)
-        node = next(child for child, _ in ranked if child in answered)
+            scores = gumbel_scores(child_arrays(node, config), node.value or 0.0)
+        children = [(child.visits, score, child) for child, score in zip(node.children, scores) if child in answered]
+        node = max(children, key=lambda item: item[:2])[2]
     return node
 
 
@@ -85,7 +85,7 @@ def every_answer(tree: Tree, config: SearchConfig) -> list[Trajectory]:
     return [trajectory(tree, answer, returns=tree_values(answer)) for answer in tree.answers()]
 
 
-def answers(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+def answer_group(tree: Tree, config: SearchConfig) -> list[Trajectory]:
     graded = tree.answers()
     advantages = group_advantages([answer.reward.value for answer in graded]).tolist()
     if not any(advantages):
@@ -96,11 +96,11 @@ def answers(tree: Tree, config: SearchConfig) -> list[Trajectory]:
     ]
 
 
-def steps(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+def step_advantages(tree: Tree, config: SearchConfig) -> list[Trajectory]:
     return [stepwise(tree, answer, lambda parent, child: child.q - parent.q) for answer in tree.answers()]
 
 
-def visits(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+def visit_advantages(tree: Tree, config: SearchConfig) -> list[Trajectory]:
     return [stepwise(tree, answer, visit_gain) for answer in tree.answers()]
 
 
@@ -117,9 +117,12 @@ def stepwise(tree: Tree, answer: Node, advantage: Callable[[Node, Node], float])
 
 
 def tree_values(answer: Node) -> list[float]:
-    """The critic's targets for the tokens of an answer: the first token of a step gets Q of the parent node, the others
-    get Q of the step's own node."""
-    return [q for parent, child in pairwise(answer.path()) for q in [parent.q, *[child.q] * (len(child.tokens) - 1)]]
+    """The critic's targets for the tokens of an answer. V(s) is read before a token is written: the first token of a
+    step gets Q of the parent node, the others get Q of the step's own node."""
+    values = []
+    for parent, child in pairwise(answer.path()):
+        values += [parent.q] + [child.q] * (len(child.tokens) - 1)
+    return values
 
 
 def group_advantages(rewards: list[float]) -> np.ndarray:
@@ -140,7 +143,7 @@ LESSONS: dict[str, Lesson] = {
     "best-path-q": best_path_q,
     "best-path-tree": best_path_tree,
     "every-answer": every_answer,
-    "answers": answers,
-    "steps": steps,
-    "visits": visits,
+    "answers": answer_group,
+    "steps": step_advantages,
+    "visits": visit_advantages,
 }

@@ -30,7 +30,7 @@ import numpy as np
 from config import SearchConfig
 from countdown import Problem, Reward
 from sampling import Grade, Sample, Sampler, SamplingParams, Usage
-from selection import Children, gumbel_inner, gumbel_root, puct, uct
+from selection import ChildArrays, gumbel_inner, gumbel_root, puct, uct
 
 MAX_DEPTH = 16  # steps; a node at this depth is terminal
 Critic = Callable[[list[list[int]]], tuple[list[float], Usage]]  # states -> V(s) in [-1, 1], and their cost
@@ -106,9 +106,8 @@ class Tree:
         left = min(config.workers, config.simulations - self.root.visits)
         if config.token_budget and self.expansions:
             tokens_left = config.token_budget - self.generated
-            left = min(
-                left, int(tokens_left * self.expansions / max(self.generated, 1))
-            )  # at the mean cost of an expansion so far
+            affordable = tokens_left * self.expansions / max(self.generated, 1)  # at the mean cost of an expansion
+            left = min(left, int(affordable))
         return max(left, 0)
 
     def statistics(self) -> dict[str, float]:
@@ -184,7 +183,7 @@ def select(tree: Tree, config: SearchConfig) -> Node:
 
 def child_scores(node: Node, config: SearchConfig) -> np.ndarray:
     """The score of each child; a simulation descends to the highest. [K]"""
-    children = statistics(node, config)
+    children = child_arrays(node, config)
     value = node.value if node.value is not None else 0.0
     parent_visits = node.visits + node.pending
     if config.selection == "gumbel" and node.parent is None:
@@ -196,7 +195,7 @@ def child_scores(node: Node, config: SearchConfig) -> np.ndarray:
     return puct(children.q, children.prior, children.visits, parent_visits, config.c_puct)
 
 
-def statistics(node: Node, config: SearchConfig) -> Children:
+def child_arrays(node: Node, config: SearchConfig) -> ChildArrays:
     """Q, P and N of the children, pending visits included."""
     pending = np.array([child.pending for child in node.children])  # [K]
     visits = np.array([child.visits for child in node.children]) + pending  # [K]
@@ -204,7 +203,7 @@ def statistics(node: Node, config: SearchConfig) -> Children:
     if config.virtual_loss == "value":  # a pending visit is a loss, -1
         totals = totals - pending
     unvisited = node.q if config.unvisited == "parent" else 0.0
-    return Children(
+    return ChildArrays(
         q=np.where(visits > 0, totals / np.maximum(visits, 1), unvisited),
         prior=np.array([child.prior for child in node.children]),
         visits=visits,

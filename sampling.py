@@ -98,8 +98,12 @@ class Progress:
         self.generated += usage.generated
         self.prefilled += usage.prefilled
         self.valued += usage.valued
+        self.share = self.spent(budget)
+
+    def spent(self, budget: BudgetConfig) -> float:
+        """The share of a budget that the counters have spent, in [0, 1]."""
         limits = (self.generated, budget.tokens), (self.step, budget.steps)
-        self.share = min(1.0, max(done / limit for done, limit in limits if limit))
+        return min(1.0, max(done / limit for done, limit in limits if limit))
 
 
 class Sampler(Protocol):

@@ -17,7 +17,7 @@ GUMBEL_VISITS, GUMBEL_SCALE = 50, 0.1  # c_visit and c_scale of mctx
 
 
 @dataclass
-class Children:
+class ChildArrays:
     """What selection knows of a node's K children. Pending visits are included."""
 
     q: np.ndarray  # [K] mean value
@@ -40,7 +40,7 @@ def uct(q: np.ndarray, visits: np.ndarray, parent_visits: int, c: float) -> np.n
 # ------------------------------------------------------------------------------------------------ Gumbel
 
 
-def completed_q(children: Children, value: float) -> np.ndarray:
+def completed_q(children: ChildArrays, value: float) -> np.ndarray:
     """sigma(completed Q), as in mctx `qtransform_completed_by_mix_value` (Danihelka et al. 2022, eq. 8, appendix D).
 
     An unvisited child gets a mix of the node's own `value` V(s) and the Q of visited children. All are rescaled to
@@ -70,7 +70,7 @@ def considered_visits(actions: int, simulations: int) -> list[int]:
     return sequence[:simulations]
 
 
-def gumbel_scores(children: Children, value: float) -> np.ndarray:
+def gumbel_scores(children: ChildArrays, value: float) -> np.ndarray:
     """g(a) + log P(a) + sigma(completed Q) of the root's children. [K]
 
     Gumbel MuZero draws and scores the children with the same noise. Here g is new, so likely children are favoured
@@ -79,7 +79,7 @@ def gumbel_scores(children: Children, value: float) -> np.ndarray:
     return children.gumbel + np.log(np.maximum(children.prior, 1e-9)) + completed_q(children, value)
 
 
-def gumbel_root(children: Children, value: float, simulations: int) -> np.ndarray:
+def gumbel_root(children: ChildArrays, value: float, simulations: int) -> np.ndarray:
     """Sequential halving: `gumbel_scores` of the children with the number of visits that its plan asks for next, -inf
     for the others. [K]"""
     sequence = considered_visits(len(children.visits), max(simulations - 1, 1))
@@ -87,7 +87,7 @@ def gumbel_root(children: Children, value: float, simulations: int) -> np.ndarra
     return np.where(children.visits == wanted, gumbel_scores(children, value), -np.inf)
 
 
-def gumbel_inner(children: Children, value: float) -> np.ndarray:
+def gumbel_inner(children: ChildArrays, value: float) -> np.ndarray:
     """Below the root: pi'(a) - N(a) / (1 + sum N), with pi' = softmax(log P + sigma(completed Q)) (eq. 14). [K]"""
     logits = np.log(np.maximum(children.prior, 1e-9)) + completed_q(children, value)
     improved = np.exp(logits - logits.max())

@@ -16,8 +16,8 @@ SUMS = "SHA256SUMS"  # in a sealed folder: the list of its files' checksums
 
 
 def check_writable(path: Path, folder: bool = False) -> None:
-    """ValueError if no file, or with `folder` no folder, can be made at `path`. Called before long work; nothing is left
-    behind."""
+    """ValueError if no file, or with `folder` no folder, can be made at `path`. Called before long work; leaves
+    nothing behind."""
     if path.is_dir() and not folder:
         raise ValueError(f"{path} is a folder: name a file")
     parents = [path.absolute(), *path.absolute().parents][0 if folder else 1 :]

@@ -116,7 +116,7 @@ def read_model_config(folder: str, base: str) -> PreTrainedConfig:
         raise ValueError(explain(folder, base, error)) from None
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not kind or kind.base_model_prefix != "model" or config.is_encoder_decoder or not hasattr(config, "hidden_size"):
-        raise ValueError(f"{base}: {config.model_type} is not a text decoder built like Llama")
+        raise ValueError(f"{base}: {config.model_type} is no decoder of text like Llama")
     if kind._is_stateful or set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{base}: {config.model_type} has layers without attention, whose state is not kept here")
     if changed := [name for name in LOGIT_SETTINGS if getattr(config, name, None) not in (None, 1)]:

@@ -70,5 +70,5 @@ class Score:
     def line(self) -> str:
         return (
             f"mean@{self.samples} {self.mean_at_k:.2%} [{self.mean_low:.2%}, {self.mean_high:.2%}]  "
-            f"pass@{self.samples} {self.pass_at_k:.2%}  reward {self.reward:+.3f}  format {self.parsed:.1%}"
+            f"pass@{self.samples} {self.pass_at_k:.2%}  dense reward {self.reward:+.3f}  format {self.parsed:.1%}"
         )

@@ -189,6 +189,7 @@ class Session:
         if not folder:
             return
         self.progress = State(**{field.name: saved[field.name] for field in fields(State)})
+        self.progress.share = self.progress.spent(self.config.budget)  # which may have changed (--force)
         self.micro.tokens = min(self.micro.tokens, self.progress.micro_tokens)
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.policy.load_weights(folder)

@@ -210,7 +210,7 @@ evaluate.py models/no-json                         | can't load 'models/no-json'
 evaluate.py models/unknown                         | can't load 'models/unknown'
 evaluate.py models/mamba                           | mamba
 evaluate.py models/conv                            | layers without attention
-evaluate.py models/gpt2                            | gpt2 is no decoder of text alone, or of another make
+evaluate.py models/gpt2                            | gpt2 is no decoder of text like Llama
 evaluate.py models/bert                            | bert is no decoder
 evaluate.py models/t5                              | t5 is no decoder
 evaluate.py models/gemma2                          | gemma2 changes its logits (final_logit_softcapping)

@@ -11,7 +11,17 @@ from statistics import mean
 import pytest
 
 import distill
-from config import GROUP_METHODS, LESSONS, METHODS, PRESETS, SAMPLING_METHODS, Config, CriticConfig, flatten, preset_for
+from config import (
+    GROUP_METHODS,
+    LESSON_NAMES,
+    METHODS,
+    PRESETS,
+    SAMPLING_METHODS,
+    Config,
+    CriticConfig,
+    flatten,
+    preset_for,
+)
 from runtime.cli import SHORT_HELP, differences, help_all, option_names, parse, result_settings, short_help
 from runtime.run_folder import read_metrics, read_settings
 
@@ -93,7 +103,7 @@ def test_a_name_means_one_setting(method):
 
 def test_the_lessons_are_those_of_distill():
     """Prevents an option for a lesson that does not exist, and a lesson without an option."""
-    assert set(LESSONS) == set(distill.LESSONS) and len(set(LESSONS)) == len(LESSONS)
+    assert set(LESSON_NAMES) == set(distill.LESSONS) and len(set(LESSON_NAMES)) == len(LESSON_NAMES)
 
 
 def test_what_one_process_does_not_read_makes_no_difference():

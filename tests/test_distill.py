@@ -6,8 +6,7 @@ import torch
 from test_mcts import node, tree_of
 from torch.testing import assert_close
 
-from config import LESSONS as NAMES
-from config import LearningConfig, SearchConfig
+from config import LESSON_NAMES, LearningConfig, SearchConfig
 from countdown import Problem, Reward
 from distill import LESSONS, best_answer, group_advantages, most_visited_path, tree_values
 from ppo import batch_loss, make_batches
@@ -17,7 +16,7 @@ from sampling import Trajectory
 
 def test_every_lesson_has_its_name():
     """Prevents a setting that no lesson answers to, and a lesson that no setting names."""
-    assert tuple(LESSONS) == NAMES
+    assert tuple(LESSONS) == LESSON_NAMES
 
 
 # ------------------------------------------------------------------------------------------------ one answer

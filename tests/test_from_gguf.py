@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from runtime.loading import load_policy
 
-gguf = pytest.importorskip("gguf", reason="the package gguf writes the file under test: requirements-test.txt")
+gguf = pytest.importorskip("gguf", reason="the package gguf writes the file under test: requirements-dev.txt")
 from gguf.quants import dequantize, quantize  # noqa: E402
 
 Q4 = gguf.GGMLQuantizationType.Q4_1

@@ -132,7 +132,7 @@ def tree_of(root):
 def test_value_of_an_unvisited_child(unvisited, expected):
     """First-play urgency 0 drags visits over hopeless children; the choice must be the one that is named."""
     parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(prior=0.3)])
-    found = mcts.statistics(parent, SearchConfig(unvisited=unvisited))
+    found = mcts.child_arrays(parent, SearchConfig(unvisited=unvisited))
     assert (found.q.tolist(), found.prior.tolist(), found.visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
 
 
@@ -140,7 +140,7 @@ def test_value_of_an_unvisited_child(unvisited, expected):
 def test_virtual_loss_by_hand(virtual_loss, expected):
     """A virtual loss that is none: with W = -1, N = 2 and 2 pending, `value` repels (-3/4), `visit` attracts (-1/4)."""
     parent = node(3, -0.5, [node(2, -0.5, pending=2), node(pending=1)])
-    found = mcts.statistics(parent, SearchConfig(virtual_loss=virtual_loss))
+    found = mcts.child_arrays(parent, SearchConfig(virtual_loss=virtual_loss))
     assert (found.q.tolist(), found.visits.tolist()) == (expected, [4, 1])
 
 

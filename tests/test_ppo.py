@@ -386,6 +386,33 @@ def test_another_optimiser_starts_anew(interrupted, capsys, before, after):
     assert run_folder.finished(config.folder) and "optimiser was of another kind" in capsys.readouterr().out
 
 
+def test_a_larger_budget_is_spent(interrupted):
+    """Prevents a run that goes on with another budget (--force) and ends where the old one did."""
+    config = interrupted()
+    force(config, "--steps 4")
+    assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3, 4, 4]
+    force(config, "--steps 5")
+    assert [row["step"] for row in read_metrics(config.folder)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+        5,
+    ]  # the test at the end of four too
+
+
+def test_the_rate_of_a_resumed_step_is_that_of_the_budget(interrupted, monkeypatch):
+    """Prevents a rate from the share of another budget."""
+    config, rates = interrupted(), []
+    plain = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda p, o, *rest: rates.append(o.param_groups[0]["lr"]) or plain(p, o, *rest))
+    force(config, "--steps 4")
+    assert rates == pytest.approx([config.learning.learning_rate * (1 - step / 4) for step in (1, 2, 3)])
+
+
 def test_settings_that_the_checkpoint_does_not_fit_are_not_kept(interrupted):
     """Prevents a traceback for another --lora-rank, and a run that then can't go on with its own either."""
     config = interrupted(lora_rank=2)
@@ -536,9 +563,7 @@ def test_a_method_of_another_program_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         program(["--method", "grpo"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: this program runs mcts, none, not 'grpo': see ppo.py, baselines.py\n"
-    )
+    assert capsys.readouterr().err == ("error: this program runs mcts, none, not 'grpo': see ppo.py, baselines.py\n")
 
 
 @pytest.mark.parametrize("name", PRESETS)

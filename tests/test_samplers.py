@@ -1,5 +1,8 @@
-"""One contract for both samplers, with a LoRA adapter and with all weights trained, on a thin Qwen2.5: what is drawn,
-with which log-probabilities, where it stops, what it cost, and whose weights. `make test-vllm` runs vLLM's half."""
+"""One contract for both samplers, with a LoRA adapter and with all weights trained, on a thin Qwen2.5.
+
+What is drawn, with which log-probabilities, where it stops, what it costs, and whose weights are served. `make
+test-vllm` runs vLLM's half.
+"""
 
 import gc
 import math
@@ -13,20 +16,18 @@ import torch
 from test_sampling import assert_distribution
 from torch.testing import assert_close
 
-
 import ppo
-from config import Config
+from config import TINY, Config, TreeConfig
 from countdown import Problem
-from runtime.samplers import make_sampler, pick_sampler
-from runtime.vllm_sampler import VLLMSampler
-from ppo import make_optimizer, right_align, update
-from config import TINY
-from runtime.loading import load_policy
-from config import SearchConfig
 from policy import Policy
+from ppo import make_optimizer, right_align, update
+from runtime import samplers
+from runtime.loading import load_policy
 from runtime.run_folder import read_metrics
+from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
 from runtime.torch_sampler import TorchSampler
-from sampling import STEP_END, Sampler, complete
+from runtime.vllm_sampler import VLLMSampler
+from sampling import STEP_END, Sampler, SamplingParams, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
 GB = 2**30
@@ -51,17 +52,18 @@ class Engine:
     def draw(self, n=8, max_tokens=32, temperature=0.7, stop_at_step=True, prefixes=None, seeds=None):
         prefixes = self.prefixes if prefixes is None else prefixes
         seeds = [1000 * i for i in range(len(prefixes))] if seeds is None else seeds
-        return self.sampler.sample(prefixes, n, seeds, max_tokens, temperature, stop_at_step)
+        return self.sampler.sample(prefixes, seeds, SamplingParams(n, max_tokens, temperature, stop_at_step))
 
     def text(self, tokens: list[int]) -> str:
         return self.policy.tokenizer.decode(tokens)
 
     def trainer_logprobs(self, rows, temperature: float) -> list[list[float]]:
-        """What policy.logprobs_and_values says of each sample's tokens."""
+        """What policy.logprobs says of each sample's tokens."""
         prompts = [prefix for prefix, row in zip(self.prefixes, rows, strict=True) for _ in row]
         completions = [s.tokens for row in rows for s in row]
         with torch.no_grad():
-            logprobs = self.policy.logprobs_and_values(self.policy.batch(prompts, completions), temperature)[0]
+            hidden, tokens = self.policy.states(self.policy.batch(prompts, completions))
+            logprobs, _ = self.policy.logprobs(hidden, tokens, temperature)  # [B, T]
         return [row[-len(c) :] for row, c in zip(logprobs.tolist(), completions, strict=True)]
 
 
@@ -89,7 +91,8 @@ def started(request, two_ends):
     opening = "<|im_start|>assistant\n"
     texts = [opening, opening + "<step> 1 + 2 = 3 left 3 4 </step>", opening + "<step> 6 * 4 = 24 left 3 </step> <"]
     prefixes = [*policy.tokenizer(texts)["input_ids"], policy.encode(PROBLEMS[0])]
-    engine = Engine(kind, policy, make_sampler(kind, policy, CONTEXT, 1024, 4096, 0.1, seed=0), prefixes)
+    plan = SamplerPlan(kind, CONTEXT, rows=1024, kept=4096, cache_gb=0.1)
+    engine = Engine(kind, policy, make_sampler(plan, policy, seed=0), prefixes)
     yield engine
     engine.sampler = None
     gc.collect()
@@ -97,7 +100,8 @@ def started(request, two_ends):
 
 @pytest.fixture
 def swept():
-    """For a test that makes an engine: vLLM's process groups are global, one collected later takes the next one's."""
+    """For a test that makes an engine. vLLM's process groups are global: an engine that is collected late takes the
+    groups of the next one with it."""
     yield
     gc.collect()
 
@@ -193,7 +197,8 @@ def test_other_seeds_and_siblings_draw_other_tokens(engine):
 def test_usage_counts_what_was_run_through_the_model(engine):
     """Prevents curves at equal compute from counts that hide or invent a prefix cache."""
     prefix = engine.policy.encode(Problem((97, 89, 83), 997)) * 2  # of no other test
-    (_, first), (rows, second) = (engine.draw(n=4, prefixes=[prefix, prefix[:200]]) for _ in range(2))
+    _, first = engine.draw(n=4, prefixes=[prefix, prefix[:200]])
+    rows, second = engine.draw(n=4, prefixes=[prefix, prefix[:200]])
     assert second.generated == sum(len(s.tokens) for row in rows for s in row)
     assert second.seconds > 0
     length = len(prefix) + 200
@@ -212,16 +217,16 @@ def test_no_prefixes_give_no_samples(engine):
 
 def test_no_sequence_outgrows_the_context(engine):
     """Prevents positions beyond those the model was made for, and vLLM's errors of many lines."""
-    room = CONTEXT if engine.kind == "vllm" else 1024
-    prefix = [engine.prefixes[0][0]] * (room - 4)
+    limit = CONTEXT if engine.kind == "vllm" else 1024
+    prefix = [engine.prefixes[0][0]] * (limit - 4)
     rows, _ = engine.draw(8, 4, prefixes=[prefix])
     assert "length" in {s.ended for s in rows[0]}
     if engine.kind == "vllm":  # a search may ask for more than it will keep
         more, _ = engine.draw(8, 9, prefixes=[prefix])
         assert [(s.tokens, s.ended) for s in more[0]] == [(s.tokens, s.ended) for s in rows[0]]
-        prefix, message = [*prefix, 1, 1, 1, 1], f"^{room} prefix . 1 new tokens exceed the context of {room}$"
+        prefix, message = [*prefix, 1, 1, 1, 1], f"^{limit} prefix . 1 new tokens exceed the context of {limit}$"
     else:
-        message = f"^{room - 4} prefix . 5 new tokens exceed the context of {room}$"
+        message = f"^{limit - 4} prefix . 5 new tokens exceed the context of {limit}$"
     with pytest.raises(ValueError, match=message):
         engine.draw(1, 5, prefixes=[engine.prefixes[0], prefix])
 
@@ -231,20 +236,21 @@ def test_no_sequence_outgrows_the_context(engine):
 
 def train_on(engine, temperature=0.7, seed=0):
     """Sample, then update at a high learning rate. Returns the losses, and how far a log-probability moved at most."""
-    policy, config = engine.policy, ppo.Config(temperature=temperature, kl_coefficient=0.0, clip_gradient=1e9)
+    policy = engine.policy
+    config = Config().change(temperature=temperature, kl_coefficient=0.0, clip_gradient=1e9, failures=True)
     optimizer = make_optimizer(policy, config)
     for group in optimizer.param_groups:
         group["lr"] = 0.01 if policy.lora else 0.002
-    seeds = [1000 * seed, 1000 * seed + 500]
-    rows, _ = complete(policy, engine.sampler, PROBLEMS, 4, seeds, 16, temperature, "none")
+    params = SamplingParams(4, 16, temperature)
+    rows, _ = complete(policy, engine.sampler, PROBLEMS, [1000 * seed, 1000 * seed + 500], params, policy.grade)
     trajectories = sum(rows, [])
     engine.sampler.rest()
-    losses = update(policy, optimizer, trajectories, config)
-    again = policy.batch([t.prompt for t in trajectories], [t.completion for t in trajectories])
+    losses = update(policy, optimizer, trajectories, config.learning)
+    batch = policy.batch([t.prompt for t in trajectories], [t.completion for t in trajectories])
     with torch.no_grad():
-        after = policy.logprobs_and_values(again, temperature)[0]  # [B, T]
-    before = right_align([t.logprobs for t in trajectories], after.shape[1], policy.device)  # [B, T]
-    return losses, ((after - before) * again.completion).abs().max().item()
+        after, _ = policy.logprobs(*policy.states(batch), temperature)  # [B, T]
+    before = right_align([t.logprobs for t in trajectories], batch.completion)  # [B, T]
+    return losses, ((after - before) * batch.completion).abs().max().item()
 
 
 def test_weights_are_never_stale(engine):
@@ -274,19 +280,19 @@ def test_old_adapters_are_thrown_away(engine):
 
 
 def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
-    """Prevents vLLM as a surprise on a CPU, an engine that starts to refuse the weights that it is to serve, and a
-    traceback where it isn't installed."""
+    """Prevents vLLM as a surprise on a CPU, an engine that starts and then refuses its weights, and a traceback where
+    vLLM is not installed."""
 
-    def picked(sampler, device, distinct=False, **settings):
-        settings = dict(model=str(qwen), dtype="bfloat16", quantize="none", lora_rank=8) | settings
-        return pick_sampler(SimpleNamespace(sampler=sampler, **settings), device, distinct)
+    def picked(sampler, device, distinct=False, model=str(qwen), **settings):
+        settings = dict(dtype="bfloat16", quantize="none", lora_rank=8) | settings
+        return pick_sampler(SimpleNamespace(sampler=sampler, **settings), model, device, distinct)
 
     assert picked("auto", "cpu") == picked("torch", "cuda") == "torch"
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(samplers, "find_spec", lambda name: None)
     assert picked("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
         picked("vllm", "cpu")
-    monkeypatch.setattr(engines, "find_spec", lambda name: name)
+    monkeypatch.setattr(samplers, "find_spec", lambda name: name)
     assert picked("auto", "cuda:0") == picked("vllm", "cpu") == "vllm"
     assert picked("auto", "cuda", dtype="float32", lora_rank=0) == "vllm"
     assert picked("auto", "cpu") == picked("auto", "cuda", quantize="nf4") == "torch"
@@ -299,7 +305,9 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
 
 def test_auto_on_a_cpu_makes_a_torch_sampler(policy):
     """Prevents a name that is picked and then not made."""
-    assert isinstance(make_sampler(pick_sampler(Config(), "cpu", False), policy, 64, 8, 99, 0.1, 0), TorchSampler)
+    kind = pick_sampler(Config().machine, TINY, "cpu", False)
+    sampler = make_sampler(SamplerPlan(kind, 64, rows=8, kept=99, cache_gb=0.1), policy, seed=0)
+    assert isinstance(sampler, TorchSampler)
 
 
 @pytest.mark.parametrize("engine", EACH)
@@ -309,7 +317,7 @@ def test_search_and_updates_run_on_each_engine(engine, qwen, tiny_config, swept)
     sampler, rank = engine
     config = tiny_config(
         model=str(qwen), sampler=sampler, lora_rank=rank, tokens=0, steps=2, temperature=0.8, max_tokens=48,
-        learning_rate=3e-3, tree=SearchConfig(simulations=8, children=2, step_tokens=24),
+        learning_rate=3e-3, tree=TreeConfig(simulations=8, children=2, step_tokens=24),
     )  # fmt: skip
     ppo.train(config, ppo.collect_mcts)
     steps = [row for row in read_metrics(config.folder) if "policy_loss" in row]
@@ -325,8 +333,8 @@ def test_search_and_updates_run_on_each_engine(engine, qwen, tiny_config, swept)
 
 @needs_vllm
 def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(swept):
-    """Prevents steps that never end: vLLM finds </step> in its own decoding of the tokens, and its AutoTokenizer takes
-    the embedded model's word pieces for bytes."""
+    """Prevents steps that never end. vLLM looks for </step> in the text of its AutoTokenizer, which takes the embedded
+    model's word pieces for bytes."""
     with pytest.raises(ValueError, match="^vLLM reads this model's tokenizer in another way: pass --sampler torch$"):
         VLLMSampler(load_policy(TINY), 256, 0.1)
 
@@ -334,10 +342,10 @@ def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(swept):
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("vllm")), reason="needs an NVIDIA GPU and vLLM")
 def test_a_resting_engine_gives_its_memory_and_wakes_with_new_weights(qwen, swept):
-    """Prevents an update without memory, and an engine that wakes with the weights it fell asleep with. In bf16, as
-    vLLM's LoRA kernels for GPUs take no fp32; so the bounds are wide."""
+    """Prevents an update without memory, and an engine that wakes with the weights it fell asleep with. The bounds are
+    wide, as it is in bf16: vLLM's LoRA kernels for GPUs take no fp32."""
     policy = load_policy(qwen, 8, "cuda", "bfloat16")
-    sampler = make_sampler("vllm", policy, CONTEXT, 1024, 4096, 1.0, 0)
+    sampler = make_sampler(SamplerPlan("vllm", CONTEXT, rows=1024, kept=4096, cache_gb=1.0), policy, seed=0)
     engine = Engine("vllm", policy, sampler, [policy.encode(PROBLEMS[0])])
     for step in range(2):
         engine.draw()

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection import Children, completed_q, considered_visits, gumbel_inner, gumbel_root, gumbel_scores, puct, uct
+from selection import ChildArrays, completed_q, considered_visits, gumbel_inner, gumbel_root, gumbel_scores, puct, uct
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero visits is a failure
 
 
 def children(q, prior, visits, gumbel=None):
     """A node's children as arrays, without noise if none is given."""
-    return Children(np.array(q), np.array(prior), np.array(visits), np.array(gumbel or [0.0] * len(visits)))
+    return ChildArrays(np.array(q), np.array(prior), np.array(visits), np.array(gumbel or [0.0] * len(visits)))
 
 
 def test_puct_by_hand():

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from benchmarks import speed
-from config import Config
+from config import TINY, SearchConfig, TaskConfig
 from countdown import make_problems
-from config import TINY
+from mcts import plant, search
 from runtime.loading import load_policy
-from config import SearchConfig
-from mcts import search
 from runtime.torch_sampler import TorchSampler
+from sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def test_the_peer_draws_from_the_same_distribution_and_says_why_it_ended(policy)
     prompts = [policy.encode(problem) for problem in make_problems(40, "train")]
     lengths = []
     for sampler in (TorchSampler(policy), speed.GenerateSampler(policy, together=True)):
-        rows, usage = sampler.sample(prompts, 4, list(range(40)), 64, 1.0, stop_at_step=True)
+        rows, usage = sampler.sample(prompts, list(range(40)), SamplingParams(4, 64, stop_at_step=True))
         samples = [s for row in rows for s in row]
         assert usage.generated == sum(len(s.tokens) for s in samples)
         assert {s.ended for s in samples} == {"step"} and all(s.logprobs[0] < 0 for s in samples)
@@ -35,20 +34,25 @@ def test_the_peer_draws_from_the_same_distribution_and_says_why_it_ended(policy)
     assert lengths[0] == pytest.approx(lengths[1], rel=0.15)
 
 
-def test_a_search_runs_hardly_more_than_its_distinct_tokens(policy):
-    """Prevents a slower search that only a quiet machine would show: what is run beside the generated tokens is the
-    prompts once and each expanded node's last token; a wave costs one prefill and one pass a token of its longest
-    step."""
+def test_a_search_runs_hardly_more_than_its_distinct_tokens(policy, monkeypatch):
+    """Prevents a slower search that only a quiet machine would show.
+
+    Beside the generated tokens it runs each prompt once, and the last token of each expanded node. A wave costs one
+    prefill, and one pass for each token of its longest step.
+    """
     passes, plain = [], policy.hidden
-    policy.hidden = lambda ids, *rest, **cache: (passes.append(ids.shape), plain(ids, *rest, **cache))[1]
-    sampler, problems = TorchSampler(policy), make_problems(8, "train")
-    config = SearchConfig(simulations=48, children=4, max_tokens=Config().max_tokens)
-    prompts = [policy.encode(problem) for problem in problems]
-    trees, usage = search(problems, prompts, sampler, sampler.values, policy.grade, config, list(range(8)))
-    del policy.hidden
+
+    def hidden(ids, *rest, **cache):
+        passes.append(ids.shape)
+        return plain(ids, *rest, **cache)
+
+    monkeypatch.setattr(policy, "hidden", hidden)
+    config = SearchConfig(simulations=48, children=4, max_tokens=TaskConfig().max_tokens)
+    trees = plant(policy, make_problems(8, "train"), list(range(8)))
+    usage = search(trees, TorchSampler(policy), policy.grade, config)
     expansions = sum(tree.expansions for tree in trees)
     assert usage.valued == 0
-    assert usage.prefilled == sum(map(len, prompts)) + expansions - len(trees)
+    assert usage.prefilled == sum(len(tree.prompt) for tree in trees) + expansions - len(trees)
     waves = -(-config.simulations // config.workers) + 1
     assert sum(length > 1 for _, length in passes) == 1 and len(passes) <= waves * (config.step_tokens + 1)
     distinct = sum(len(tree.prompt) + sum(len(node.tokens) for node in tree.nodes()) for tree in trees)
@@ -61,7 +65,7 @@ def test_the_command_prints_ratios_and_keeps_them(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["speed.py", *args, "--out", str(tmp_path / "deep" / "speed.json")])
     monkeypatch.setattr("time.perf_counter", time.perf_counter)  # given back afterwards
     speed.main()
-    found = json.loads((tmp_path / "deep" / "speed.json").read_text())
-    assert found["sampling"][0]["ratio"] > 0 and found["search"]["ratio"] > 0 and found["torch"]
-    assert 0 < found["search"]["prefilled"] < 1.1 and "simulations/s" in (out := capsys.readouterr().out)
-    assert "vLLM: nowhere is not there" in out
+    results, printed = json.loads((tmp_path / "deep" / "speed.json").read_text()), capsys.readouterr().out
+    assert results["sampling"][0]["ratio"] > 0 and results["search"]["ratio"] > 0 and results["torch"]
+    assert 0 < results["search"]["prefilled"] < 1.1 and "simulations/s" in printed
+    assert "vLLM: nowhere is not there" in printed
