@@ -9,7 +9,6 @@ only the completion, wants exactly one answer and checks intermediate results.
 """
 
 import hashlib
-import json
 import math
 import re
 import warnings
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -226,23 +224,6 @@ def make_splits(
     warnings.warn("split=post leaks: nearly every test problem is a training problem in another order", stacklevel=2)
     pool = make_problems(sum(counts.values()), "post", **game)
     return {name: [pool.pop() for _ in range(count)] for name, count in counts.items()}
-
-
-def read_problems(path: str | Path) -> list[Problem]:
-    """Problems from a JSONL file with "numbers" and "target"; ValueError names the first bad line."""
-    problems = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            problem = Problem(tuple(row["numbers"]), row["target"])
-            if not problem.numbers or not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
-                raise ValueError("numbers and target must be positive integers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a problem ({error})") from None
-        problems.append(problem)
-    if not problems:
-        raise ValueError(f"{path} is empty: it holds no problem")
-    return problems
 
 
 def draw(problems: list[Problem], count: int, seed: int, step: int) -> tuple[list[Problem], np.random.Generator]:

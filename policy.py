@@ -12,19 +12,16 @@ left out), fp32 trainable weights where the post has bf16, and the value loss do
 import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from countdown import Problem, Reward, prompt, verify
 
-# elements of [rows, vocabulary] alive at once; with fewer the head's gradient is added up too often
+# largest [rows, V] in memory; with smaller chunks the head's gradient is added up more often
 LOGIT_CHUNK = 2**24
-VALUE_HEAD = Path("value_head") / "weights.safetensors"  # in a saved policy
 CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
 
@@ -106,7 +103,7 @@ class Policy(nn.Module):
         return encode(self.tokenizer, problem)
 
     def decode(self, completion: list[int]) -> str:
-        """The text, but for the token that ends it; any other special token is part of what was said."""
+        """The text without the token that ends it; other special tokens stay."""
         ended = completion[-1:] and completion[-1] in self.stop_ids
         return self.tokenizer.decode(completion[:-1] if ended else completion)
 
@@ -124,8 +121,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def recomputing(self):
-        """Inside, layers keep their inputs only and the backward pass computes the rest again, where the model was
-        loaded so. Not by `train()`: dropout would come with it."""
+        """Gradient checkpointing, if the model was loaded so: inside, layers keep their inputs only. `train()` would
+        switch on dropout too."""
         layers = [layer for layer in self.lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in layers:
             layer.training = True
@@ -137,8 +134,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def as_reference(self):
-        """Inside, `self.lm` is the frozen initial model: its adapter off (where a run starts from an adapter, the model
-        below it), or the copy in its place."""
+        """Inside, `self.lm` is the reference: under LoRA the model with its adapter off, else the frozen copy."""
         trained = self.lm
         try:
             self.lm = trained if self.lora else self.reference
@@ -153,7 +149,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def values(self, states: list[list[int]]) -> list[float]:
-        """The critic: V(s) in [-1, 1] of each state, a token sequence, from its last token."""
+        """The critic's V(s) in [-1, 1] of each state, a token sequence, read at its last token."""
         values = [0.0] * len(states)
         for group in group_by_length([len(state) for state in states], CRITIC_TOKENS):
             ids, attention = left_pad([states[i] for i in group], self.tokenizer.pad_token_id, self.device)
@@ -190,7 +186,7 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------------- weights
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """What training changes, on the CPU: adapter or all weights, and the value head."""
+        """What training changes, by name, on the CPU: adapter or all weights, and the value head."""
         return {name: p.detach().cpu() for name, p in self.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -198,47 +194,6 @@ class Policy(nn.Module):
         """`trained_weights` of a policy with the same settings."""
         for name, weight in weights.items():
             self.get_parameter(name).copy_(weight)
-
-    def save(self, folder: Path) -> None:
-        """Weights or adapter and tokenizer as `save_pretrained` writes them, and the value head in a folder beside
-        them: vLLM takes every safetensors file next to config.json for the model's."""
-        # one file, and no look at the hub for a changed vocabulary
-        options = dict(save_embedding_layers=False) if self.lora else dict(max_shard_size="1TB")
-        self.lm.save_pretrained(folder, **options)
-        self.tokenizer.save_pretrained(folder)
-        (folder / VALUE_HEAD).parent.mkdir(exist_ok=True)
-        save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
-
-    def load_weights(self, folder: Path) -> None:
-        """Trained weights from `save`, into a policy made with the same settings; the reference stays as it is.
-        ValueError for weights of other settings."""
-        try:
-            if self.lora:
-                from peft import set_peft_model_state_dict
-
-                set_peft_model_state_dict(self.lm, read_tensors(folder / "adapter_model.safetensors"))
-            else:
-                missing, unexpected = self.lm.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
-                if unexpected or set(missing) - {"lm_head.weight"}:
-                    raise RuntimeError(f"{[*missing, *unexpected][:3]} …")
-                self.lm.tie_weights()
-            self.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"{folder}: weights do not fit the model: go on with its own settings ({reason})"
-            ) from None
-
-
-def read_tensors(file: Path) -> dict:
-    """What `save_file` or `torch.save` wrote. ValueError for a torn file, and for a pickle that holds more than tensors
-    and plain values, before anything in it runs."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
-    except Exception as error:  # torn, foreign or hostile: each raises its own
-        raise ValueError(f"{file} can't be read as plain tensors ({type(error).__name__})") from None
 
 
 def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

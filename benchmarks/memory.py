@@ -132,7 +132,7 @@ def count_update(config: Config, rows: int, length: int) -> int:
         optimizer.zero_grad(set_to_none=True)
         count.peak = count.now
         lengths = [width] * rows
-        lessons = make_batch(policy, [trajectory] * rows, learning, (lengths, lengths))
+        lessons = make_batch(policy, [trajectory] * rows, learning, True, lengths, lengths)
         batch_loss(policy, lessons, learning)[0].backward()
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], learning.clip_gradient, foreach=True)

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from config import check
 from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
-from policy import read_tensors
 from runtime import cli
 from runtime.files import check_writable
+from runtime.weights import read_tensors
 
 MAX_LENGTH = 512  # tokens that the policy has positions for
 LARGEST = 255  # up to here an integer is one token; a larger one goes on with a token a digit: 468 is 46 ##8

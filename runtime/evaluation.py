@@ -1,12 +1,13 @@
 """From evaluate.py's command line to a policy, a sampler and problems."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
 from config import TINY, SearchConfig, TreeConfig, check, check_choices
-from countdown import Problem, check_game, make_problems, read_problems
+from countdown import Problem, check_game, make_problems
 from policy import Policy, encode
 from runtime.cli import fail, given, normalized, option_names, read_config
 from runtime.files import check_writable
@@ -151,3 +152,20 @@ def check_run(config: Evaluation) -> None:
         raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
     if (size := task.get("size", config.size)) != config.size and not config.data:
         raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Problems from a JSONL file with "numbers" and "target"; ValueError names the first bad line."""
+    problems = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            problem = Problem(tuple(row["numbers"]), row["target"])
+            if not problem.numbers or not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
+                raise ValueError("numbers and target must be positive integers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not a problem ({error})") from None
+        problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path} is empty: it holds no problem")
+    return problems

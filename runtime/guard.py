@@ -20,8 +20,8 @@ class Guard:
     """A step is bad if its KL divergence is above `max_kl`, or if less than a fifth of its answers have the format
     although most of an earlier step's had it. `patience` bad steps in a row stop the run.
 
-    One bad step may be an outlier: the estimate of the divergence is an exponential of the log-ratio. A step that taught
-    the policy nothing has no KL. Unless its format is bad, it neither adds to a row of bad steps nor ends it.
+    One bad step may be an outlier: the estimate of the divergence is an exponential of the log-ratio. A step that
+    taught the policy nothing has no KL. Unless its format is bad, it neither adds to a row of bad steps nor ends it.
     """
 
     max_kl: float = MAX_KL

@@ -21,9 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from config import TINY
 from countdown import Problem
-from policy import VALUE_HEAD, Policy, encode, read_tensors
+from policy import Policy, encode
 from runtime.cache import GROUPED
 from runtime.files import read_json
+from runtime.weights import VALUE_HEAD, read_tensors
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advertises a package not needed here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402

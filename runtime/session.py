@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from config import Config
 from countdown import Problem, draw, make_splits
-from policy import read_tensors
 from runtime import memory, ranks, report
 from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, pick_device
 from runtime.run_folder import Run, read_metrics
 from runtime.samplers import make_sampler
 from runtime.scores import Score
+from runtime.weights import load_weights, read_tensors, save_policy
 from sampling import Progress, Trajectory, Usage
 
 ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, temperature, max_tokens, seed, progress)
@@ -106,7 +106,7 @@ class Session:
     def finish(self) -> dict[str, Score]:
         """Save and test the final policy; returns the test scores before and after training."""
         self.bar.close()
-        self.run.publish("policy", self.policy.save)
+        self.run.publish("policy", lambda folder: save_policy(self.policy, folder))
         self.scores["after"] = self.test("after")
         print(report.ending(self.scores, self.progress, self.config))
         return self.scores
@@ -159,7 +159,7 @@ class Session:
         score = self.score("validation", self.config.measuring.eval_samples)
         if score.mean_at_k > self.progress.best:
             self.progress.best = score.mean_at_k
-            self.run.publish("best", self.policy.save)
+            self.run.publish("best", lambda folder: save_policy(self.policy, folder))
         row = {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
         return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
 
@@ -176,7 +176,7 @@ class Session:
         """Write all that the run needs to go on."""
 
         def save(folder: Path) -> None:
-            self.policy.save(folder)
+            save_policy(self.policy, folder)
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(random_state(), folder / "random.pt")
 
@@ -192,7 +192,7 @@ class Session:
         self.progress.share = self.progress.spent(self.config.budget)  # which may have changed (--force)
         self.micro.tokens = min(self.micro.tokens, self.progress.micro_tokens)
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.policy.load_weights(folder)
+        load_weights(self.policy, folder)
         self.policy.version = self.progress.step
         optimizer_state = read_tensors(folder / "optimizer.pt")
         is_adamw = self.config.machine.optimizer == "adamw"

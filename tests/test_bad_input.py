@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GPT2Con
 
 from runtime.files import check_writable
 from runtime.loading import load_policy
+from runtime.weights import save_policy
 
 HERE = Path(__file__).parent.parent
 
@@ -372,7 +373,7 @@ def place(tmp_path_factory, checkpoint):
     others = dict(mamba=MambaConfig, gpt2=GPT2Config, bert=BertConfig, t5=T5Config, gemma2=Gemma2Config)
     for name, config in others.items():
         config().save_pretrained(model(name))
-    load_policy(checkpoint, lora_rank=2).save(place / "models" / "adapter")
+    save_policy(load_policy(checkpoint, lora_rank=2), place / "models" / "adapter")
     shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-json")
     edit(place / "models" / "adapter" / "adapter_config.json", base_model_name_or_path="/no/base")
     (place / "models" / "adapter-json" / "adapter_config.json").write_text("{")

@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import countdown
-from countdown import Problem, Reward, follow, make_problems, make_splits, play_distribution, read_problems, verify
+from countdown import Problem, Reward, follow, make_problems, make_splits, play_distribution, verify
+from runtime.evaluation import read_problems
 from scripts import make_data
 
 ROOT = Path(__file__).parents[1]

@@ -63,7 +63,7 @@ def test_a_score_by_hand():
     assert 0 <= score.mean_low < score.mean_at_k < score.mean_high <= 0.5
     assert 0 <= score.pass_low < score.pass_at_k < score.pass_high <= 1
     score.mean_low, score.mean_high = 0.0, 0.5
-    assert score.line() == "mean@4 25.00% [0.00%, 50.00%]  pass@4 66.67%  reward -0.333  format 58.3%"
+    assert score.line() == "mean@4 25.00% [0.00%, 50.00%]  pass@4 66.67%  dense reward -0.333  format 58.3%"
 
 
 # ------------------------------------------------------------------------------------------------ policy alone

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from countdown import Problem
 from runtime.loading import load_policy, locate, pick_device
+from runtime.weights import save_policy
 
 
 def edit(path, **changes):
@@ -98,7 +99,7 @@ def test_a_broken_model_is_told_in_one_line(tmp_path, checkpoint, no_network, br
 
 def test_adapters_are_told_apart_from_their_base(tmp_path, checkpoint, no_network):
     """Prevents an adapter that loads without its weights or its base, and an error that blames the wrong folder."""
-    load_policy(checkpoint, lora_rank=2).save(tmp_path / "a")
+    save_policy(load_policy(checkpoint, lora_rank=2), tmp_path / "a")
     for base, why in {
         None: f"{tmp_path}/a: the adapter doesn't name its base model (adapter_config.json)",
         "/no/base": f"{tmp_path}/a: its base model can't be found: there is no folder /no/base",
@@ -122,7 +123,7 @@ def test_a_run_folder_stands_for_its_final_policy(tmp_path, checkpoint, monkeypa
     """Prevents an evaluation of another policy than the run's: not the base, not the checkpoint, relative paths too."""
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     policy = load_policy(checkpoint, lora_rank=rank)
-    policy.save(tmp_path / "run" / "policy")
+    save_policy(policy, tmp_path / "run" / "policy")
     final = str(tmp_path / "run" / "policy")
     assert locate(tmp_path / "run") == locate(final) == (final, str(checkpoint) if rank else final)
     monkeypatch.chdir(tmp_path)

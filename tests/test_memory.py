@@ -18,6 +18,7 @@ from runtime.loading import load_policy
 from runtime.memory import CONTEXT_GB, GB, Costs, fit, plan, read_sizes
 from runtime.torch_sampler import KEPT
 from runtime.vllm_sampler import MAX_SEQUENCES
+from runtime.weights import save_policy
 
 QWEN = PRESETS["qwen1.5b"]
 FULL = dict(lora_rank=0, dtype="float32")
@@ -302,7 +303,7 @@ def test_no_prompt_is_longer_than_the_context(few, checkpoint):
 
 def test_an_adapter_keeps_its_own_rank(checkpoint, tmp_path):
     """Prevents an adapter that is counted with the rank of the command line, which loading it ignores."""
-    load_policy(checkpoint, lora_rank=3).save(tmp_path)
+    save_policy(load_policy(checkpoint, lora_rank=3), tmp_path)
     config = QWEN.change(model=str(tmp_path), gpu_memory=4.0, sampler="torch", max_tokens=64)
     sizes = read_sizes(checkpoint, checkpoint)
     assert plan(config, "cpu").estimate["trainable ones"] * GB == pytest.approx(

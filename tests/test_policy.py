@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from peft.utils import save_and_load
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ import policy as module
 from policy import ValueHead, chunked_logprobs, group_by_length, left_pad
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
+from runtime.weights import load_weights, save_policy
 from sampling import SamplingParams
 
 IDS = st.lists(st.integers(0, 284), min_size=1, max_size=12)
@@ -138,7 +140,7 @@ def twins(request, checkpoint, tmp_path):
     for parameter in start.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    start.save(tmp_path / "start")
+    save_policy(start, tmp_path / "start")
     if request.param:
         edit(tmp_path / "start" / "adapter_config.json", lora_dropout=0.5)
     return [load_policy(tmp_path / "start", gradient_checkpointing=on) for on in (False, True)]
@@ -295,11 +297,11 @@ def test_all_stop_tokens_count(policy, stops, expected):
 
 def test_saved_policies_load_again_and_in_plain_transformers(moved, checkpoint, tmp_path):
     """Prevents a run whose result can't be used: policy, reference and value head, for us and for others."""
-    moved.save(tmp_path)
+    save_policy(moved, tmp_path)
     batch = moved.batch(PROMPTS, COMPLETIONS)
     rank = 4 if moved.lora else 0
     fresh = load_policy(checkpoint, lora_rank=rank)
-    fresh.load_weights(tmp_path)
+    load_weights(fresh, tmp_path)
     for policy in (fresh, load_policy(tmp_path)):
         for found, expected in zip(forward(policy, batch), forward(moved, batch)):
             assert_close(found, expected)
@@ -311,12 +313,12 @@ def test_saved_policies_load_again_and_in_plain_transformers(moved, checkpoint, 
 
 def test_foreign_weights_are_refused(policy, tmp_path):
     """Prevents a resume that silently keeps the initial weights."""
-    policy.save(tmp_path)
-    weights = module.load_file(tmp_path / "model.safetensors")
+    save_policy(policy, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
     weights.pop("model.norm.weight")
-    module.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="do not fit.*model.norm.weight"):
-        policy.load_weights(tmp_path)
+        load_weights(policy, tmp_path)
 
 
 def test_saving_an_adapter_asks_nobody(moved, tmp_path, monkeypatch):
@@ -325,6 +327,6 @@ def test_saving_an_adapter_asks_nobody(moved, tmp_path, monkeypatch):
     monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *asked: pytest.fail(f"asks for {asked}"))
     if moved.lora:
         moved.lm.peft_config["default"].base_model_name_or_path = "no/such"
-    moved.save(tmp_path)
+    save_policy(moved, tmp_path)
     names = {"value_head/weights.safetensors", "adapter_model.safetensors" if moved.lora else "model.safetensors"}
     assert all((tmp_path / name).exists() for name in names)

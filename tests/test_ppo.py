@@ -503,7 +503,7 @@ def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monke
     """Prevents a run that fails and is halved again at every step, or after every --resume."""
 
     def on_a_small_gpu(policy, batch, *rest):
-        if batch.tokens.ids.numel() > 40:
+        if batch.sequences.ids.numel() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(policy, batch, *rest)
 

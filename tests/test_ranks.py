@@ -13,11 +13,11 @@ from torch.testing import assert_close
 import ppo
 from config import TINY, MachineConfig
 from countdown import Problem, Reward
-from policy import read_tensors
 from runtime import ranks
 from runtime.ranks import MicroBatchesOnRanks
 from runtime.run_folder import read_metrics
 from runtime.samplers import pick_sampler
+from runtime.weights import read_tensors
 from sampling import Trajectory
 
 KIT = Path(ppo.__file__).parent

@@ -27,6 +27,7 @@ from runtime.run_folder import read_metrics
 from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
 from runtime.torch_sampler import TorchSampler
 from runtime.vllm_sampler import VLLMSampler
+from runtime.weights import save_policy
 from sampling import STEP_END, Sampler, SamplingParams, complete
 
 CONTEXT = 512  # of the samplers under test, half the model's
@@ -75,7 +76,7 @@ def two_ends(qwen, tmp_path_factory):
     assert policy.stop_ids == {rare, usual}
     policy.lm.get_input_embeddings().weight.data[rare] = policy.lm.get_input_embeddings().weight.data[usual]
     policy.lm.generation_config.update(do_sample=True, top_k=3, top_p=0.5, repetition_penalty=1.5)
-    policy.save(folder)
+    save_policy(policy, folder)
     return folder
 
 

@@ -12,9 +12,9 @@ import torch
 
 import ppo
 from experiments.pretrain import PretrainConfig, pretrain
-from policy import VALUE_HEAD
 from runtime import cli, files
 from runtime.loading import load_policy
+from runtime.weights import VALUE_HEAD, save_policy
 
 HERE = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def test_a_hostile_model_is_refused(trap, checkpoint, tmp_path, capsys, place):
     """Prevents pickled weights from being read, whatever they are called and whatever lies beside them."""
     model = tmp_path / "model"
     if place == "adapter":
-        load_policy(checkpoint, lora_rank=2).save(model)
+        save_policy(load_policy(checkpoint, lora_rank=2), model)
     else:
         shutil.copytree(checkpoint, model)
     weights = model / "model.safetensors"

@@ -244,25 +244,25 @@ def test_a_smaller_micro_batch_keeps_the_targets_of_its_tokens(moved, problems, 
     """Prevents targets of a neighbour, of another token or of padding after a micro-batch was cut into pieces."""
     items, learning = trajectories(moved, problems), settings(old_logprobs="recomputed")
     perturb(items)
-    whole = make_batch(moved, items, learning, ([1] * 8, [1] * 8))
-    pieces = whole.cut(tokens)
+    whole = make_batch(moved, items, learning, True, [1] * 8, [1] * 8)
+    pieces = list(MicroBatches(tokens).pieces([whole]))
 
     def rows(batch):
         """Of each trajectory its tokens, and the numbers of its completion's tokens."""
-        mask = batch.tokens.completion.bool()
+        mask = batch.sequences.completion.bool()
         targets = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
-        for i, attention in enumerate(batch.tokens.attention.bool()):
-            yield batch.tokens.ids[i][attention].tolist(), {name: x[i][mask[i]] for name, x in targets.items()}
+        for i, attention in enumerate(batch.sequences.attention.bool()):
+            yield batch.sequences.ids[i][attention].tolist(), {name: x[i][mask[i]] for name, x in targets.items()}
 
-    assert len(pieces) > 1 and whole.cut(10_000) == [whole]
+    assert len(pieces) > 1 and list(MicroBatches().pieces([whole])) == [whole]
     found = [row for piece in pieces for row in rows(piece)]
     assert [ids for ids, _ in found] == [t.prompt + t.completion for t in items]
     for (_, numbers), (_, expected) in zip(found, rows(whole), strict=True):
         assert len(numbers) == 7
         assert_close(numbers, expected, atol=0, rtol=0)
     for piece in pieces:
-        assert piece.tokens.ids.shape[0] == 1 or piece.tokens.ids.numel() <= tokens
-        assert piece.tokens.attention[:, 0].any() and piece.tokens.completion[:, 0].any()  # no column of padding
+        assert piece.sequences.ids.shape[0] == 1 or piece.sequences.ids.numel() <= tokens
+        assert piece.sequences.attention[:, 0].any() and piece.sequences.completion[:, 0].any()  # no column of padding
         assert (piece.teaches_policy, piece.teaches_critic, piece.policy_tokens) == (True, True, 8)
 
 
@@ -592,7 +592,7 @@ def test_recomputed_logprobs_are_those_of_their_tokens_before_the_update(moved, 
         before = [logprobs_of(moved, t) for t in items]
     old = {}
     for batch in make_batches(moved, items, learning, MicroBatches(60)):
-        for row, mask in zip(batch.old, batch.tokens.completion.bool(), strict=True):
+        for row, mask in zip(batch.old, batch.sequences.completion.bool(), strict=True):
             old[int(mask.sum())] = row[mask]
             assert not row[~mask].any()
     assert old.keys() == set(range(1, 9))
@@ -648,7 +648,7 @@ def test_the_kl_of_padding_and_prompts_is_not_counted(moved, problems, monkeypat
     items, learning, plain = trajectories(moved, problems), settings(), moved.reference_logprobs
 
     def loss():
-        return batch_loss(moved, make_batch(moved, items, learning, ([1] * 8, [1] * 8)), learning)
+        return batch_loss(moved, make_batch(moved, items, learning, True, [1] * 8, [1] * 8), learning)
 
     def far_apart(batch, temperature):
         return plain(batch, temperature) + 999 * ~batch.completion.bool()
@@ -674,7 +674,7 @@ def small_gpu(request, monkeypatch):
             if request.param == "make_batch":
                 sizes.append(max(t.length for t in batch) * len(batch))
             else:
-                sizes.append(batch.tokens.ids.numel())
+                sizes.append(batch.sequences.ids.numel())
             if sizes[-1] > tokens and len(sizes) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return function(policy, batch, *rest)
