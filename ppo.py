@@ -1,8 +1,10 @@
-"""Tree search distillation: search, teach the policy what the search has found, repeat.
+"""Tree search distillation: search, teach the policy what the search has found, repeat (`train`).
 
-python ppo.py --search mcts                    # distil tree search
-python ppo.py --search none                    # single samples without a search, for comparison
-python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
+    python ppo.py --search mcts                    # distil tree search
+    python ppo.py --search none                    # single samples without a search, for comparison
+    python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
+
+The other methods are in baselines.py.
 """
 
 import sys
@@ -117,8 +119,7 @@ def update(
     """
     micro = micro or MicroBatches()
     batches = micro.fit(lambda: make_batches(policy, trajectories, learning, micro))
-    metrics: dict[str, float] = {}
-    disagreement: dict[str, float] = {}
+    metrics, disagreement = {}, {}
     for _ in range(learning.inner_steps if trajectories else 0):
         metrics = micro.fit(lambda: gradients(policy, optimizer, batches, learning, micro))
         metrics |= clip_gradients(optimizer, learning.clip_gradient)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from config import TINY, SearchConfig, TreeConfig, check, check_choices
+from config import TINY, SearchConfig, TaskConfig, TreeConfig, check, check_choices
 from countdown import Problem, check_game, make_problems
 from policy import Policy, encode
-from runtime.cli import fail, given, normalized, option_names, read_config
+from runtime.cli import fail, given, normalized, option_names, read_config, restore
 from runtime.files import check_writable
 from runtime.loading import load_policy, locate, pick_device, read_model_config, read_tokenizer
 from runtime.run_folder import log_of, read_settings
@@ -145,13 +145,18 @@ def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
 def check_run(config: Evaluation) -> None:
     """ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
     folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
-    task = next((read_settings(folder).get("task", {}) for folder in folders if log_of(folder)), {})
-    if task.get("split") == "post" and not config.data:
+    run = next((folder for folder in folders if log_of(folder)), None)
+    if run is None:
+        return
+    task, _ = restore(TaskConfig, read_settings(run).get("task", {}), run)
+    if task.split == "post" and not config.data:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
-    if (most := task.get("max_tokens", 0)) > config.max_tokens:
-        raise ValueError(f"{config.model} has learnt answers of up to {most} tokens: pass --max-tokens {most}")
-    if (size := task.get("size", config.size)) != config.size and not config.data:
-        raise ValueError(f"{config.model} has learnt the game with {size} numbers: pass --size {size}")
+    if task.max_tokens > config.max_tokens:
+        raise ValueError(
+            f"{config.model} has learnt answers of up to {task.max_tokens} tokens: pass --max-tokens {task.max_tokens}"
+        )
+    if task.size != config.size and not config.data:
+        raise ValueError(f"{config.model} has learnt the game with {task.size} numbers: pass --size {task.size}")
 
 
 def read_problems(path: str | Path) -> list[Problem]:

@@ -238,12 +238,16 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     for model in (tmp_path, tmp_path / "policy"):
         with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
             command(monkeypatch, model)
-    (tmp_path / "config.json").write_text('{"task": {"size": 3}}')
+    (tmp_path / "config.json").write_text('{"task": {"size": 3, "max_tokens": 8}}')
     with pytest.raises(ValueError, match="has learnt the game with 3 numbers: pass --size 3"):
         command(monkeypatch, tmp_path)
     (tmp_path / "config.json").write_text('{"task": {"split": "post"}}')
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)
+    for damaged, message in (("3", "is damaged"), ('{"max_tokens": "x"}', "max_tokens must be a finite number")):
+        (tmp_path / "config.json").write_text(f'{{"task": {damaged}}}')
+        with pytest.raises(ValueError, match=message):
+            command(monkeypatch, tmp_path)
 
 
 def test_what_is_measured_is_what_was_asked_for(checkpoint, monkeypatch):
