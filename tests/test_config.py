@@ -310,6 +310,7 @@ def test_a_folder_that_is_no_run_can_not_be_resumed(tmp_path, text, message):
         lambda saved: saved.update(tree=3),
         lambda saved: saved.update(task=None),
         lambda saved: saved["learning"].update(critic=[]),
+        lambda saved: saved.update(model=3),
     ],
 )
 def test_a_damaged_topic_is_told(tmp_path, damage):
