@@ -232,9 +232,10 @@ def restore(kind: type, saved: dict, folder: Path) -> tuple[object, list[str]]:
                 values[name], more = restore(topic, saved[name], folder)
                 problems += more
     try:
-        if any(field.type is str and not isinstance(values.get(field.name, ""), str) for field in fields(kind)):
+        config = kind(**values)
+        if any(field.type is str and not isinstance(getattr(config, field.name), str) for field in fields(kind)):
             raise TypeError
-        return kind(**values), problems
+        return config, problems
     except (AttributeError, TypeError):  # null for a topic, a list for a word …
         raise ValueError(f"{folder}/config.json is damaged: a setting of {kind.__name__} is of another type") from None
 
