@@ -66,3 +66,4 @@ def follow(config: Config, trainer: Trainer) -> None:
         trajectories, progress = message
         trainer.set_rate(session.optimizer, config.learning, progress)
         trainer.update(session.policy, session.optimizer, trajectories, config.learning, session.micro)
+    ranks.leave()

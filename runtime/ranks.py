@@ -46,9 +46,11 @@ def join(device: str) -> int:
 
 
 def leave() -> None:
-    """End the other ranks; rank 0 calls it at the end of the run."""
+    """The end of the run: rank 0 tells the others, and every rank closes its connections. A process that exits with open
+    ones may abort, because gloo's threads still run."""
     if world() > 1:
-        broadcast(None)
+        if rank() == 0:
+            broadcast(None)
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import ppo
 from config import TINY, MachineConfig
 from countdown import Problem, Reward
 from runtime import ranks
+from runtime.launch import follow
 from runtime.ranks import MicroBatchesOnRanks
 from runtime.run_folder import read_metrics
 from runtime.samplers import pick_sampler
@@ -93,6 +95,30 @@ def test_vllm_is_left_to_generators(monkeypatch):
     assert pick_sampler(auto, TINY, "cuda", False) == pick_sampler(torch, TINY, "cuda", False) == "torch"
     with pytest.raises(ValueError, match="vLLM can't run beside torchrun's ranks"):
         pick_sampler(vllm, TINY, "cuda", False)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_rank_closes_its_connections(monkeypatch, number):
+    """Prevents "terminate called without an active exception": one of a dozen runs ended so, after all work was done,
+    because rank 1 exited with open connections."""
+    calls = []
+    together(monkeypatch, 2, number)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: calls.append("the end"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("closed"))
+    ranks.leave()
+    assert calls == ["the end", "closed"][number:]  # rank 0 tells the others; rank 1 has been told
+
+
+def test_a_follower_closes_its_connections(monkeypatch):
+    """Prevents the same: `follow` has to leave when the run ends."""
+    left = []
+    monkeypatch.setattr("runtime.launch.Session", lambda *_, **__: SimpleNamespace(policy=None, optimizer=None))
+    for name, stand_in in dict(
+        synchronize=lambda *_: None, broadcast=lambda: None, leave=lambda: left.append(1)
+    ).items():
+        monkeypatch.setattr(ranks, name, stand_in)
+    follow(None, SimpleNamespace(make_optimizer=None))
+    assert left == [1]
 
 
 @pytest.mark.slow
