@@ -126,12 +126,14 @@ class SearchConfig(TreeConfig):
     max_tokens: int = 512  # tokens of an answer at most; a node at the limit is terminal
     token_budget: int = 0  # tokens that a tree may draw, 0: no limit; a beginning that steps share counts for each
     until_right: bool = False  # a tree ends with its first right answer
+    answers: str = "all"  # which answers the verifier grades: all that a tree draws, or those that it has visited
 
     def __post_init__(self):
         super().__post_init__()
         check(self, "at least", 1, "max_tokens")
         check(self, "at least", 0, "token_budget")
         check(self, "above", 0, "temperature")
+        check_choices(self, answers=("all", "visited"))
         if self.selection == "gumbel" and self.token_budget:
             raise ValueError("sequential halving plans its simulations: gumbel takes no token_budget")
 
@@ -141,10 +143,11 @@ class DistillConfig:
     """What a tree teaches."""
 
     lesson: str = "best-path"  # best-path (the post) or another lesson of distill.py
+    answers: str = "all"  # of a tree that are graded: all that were drawn, or visited (by a simulation)
     dump_trees: int = 0  # trees of each step to keep, as RUN/trees/STEP.json
 
     def __post_init__(self):
-        check_choices(self, lesson=LESSON_NAMES)
+        check_choices(self, lesson=LESSON_NAMES, answers=("all", "visited"))
         check(self, "at least", 0, "dump_trees")
 
 
@@ -330,7 +333,12 @@ class Config:
     @property
     def search(self) -> SearchConfig:
         """What a search in training reads."""
-        return SearchConfig(**vars(self.tree), temperature=self.learning.temperature, max_tokens=self.task.max_tokens)
+        return SearchConfig(
+            **vars(self.tree),
+            temperature=self.learning.temperature,
+            max_tokens=self.task.max_tokens,
+            answers=self.distill.answers,
+        )
 
     @property
     def cutoff(self) -> float | None:

@@ -11,7 +11,7 @@ The other lessons, for comparison:
     answers          every answer, with advantage (R - mean) / std over them: the tree as a GRPO group
     steps            every answer; the tokens of a step have advantage Q(child) - Q(parent)
     visits           every answer; the tokens of a step have advantage pi(child) - mu(child), after AlphaZero. pi is the
-                     child's share of its siblings' visits, mu its share of their samples (1/K if distinct)
+                     child's share of its siblings' visits, mu that of the policy
 
 In the last three the critic learns the tree's values too. In all of them ppo.teaches_policy decides whether a wrong
 answer teaches the policy.
@@ -23,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from config import SearchConfig
-from mcts import Node, Tree, child_arrays
+from mcts import Node, Tree, child_arrays, priors
 from sampling import Trajectory
 from selection import gumbel_scores
 
@@ -101,13 +101,26 @@ def step_advantages(tree: Tree, config: SearchConfig) -> list[Trajectory]:
 
 
 def visit_advantages(tree: Tree, config: SearchConfig) -> list[Trajectory]:
+    def visit_gain(parent: Node, child: Node) -> float:
+        shares = visit_shares(parent) - policy_shares(parent, config)
+        return shares[parent.children.index(child)]
+
     return [stepwise(tree, answer, visit_gain) for answer in tree.answers()]
 
 
-def visit_gain(parent: Node, child: Node) -> float:
-    """pi(child) - mu(child): the child's share of its siblings' visits less its share of their samples."""
-    visits, samples = sum(c.visits for c in parent.children), sum(c.count for c in parent.children)
-    return child.visits / visits - child.count / samples
+def visit_shares(parent: Node) -> np.ndarray:
+    """Each child's share of its siblings' visits, AlphaZero's policy target. [K]"""
+    visits = np.array([child.visits for child in parent.children])
+    return visits / max(visits.sum(), 1)
+
+
+def policy_shares(parent: Node, config: SearchConfig) -> np.ndarray:
+    """The policy over the children alone: pi(child) / sum of pi. With it as baseline the lesson is the gradient of the
+    cross-entropy between the two shares: without a preference of the search nothing is learnt. [K]
+
+    Prior `count` estimates it by the children's shares of independent draws.
+    """
+    return priors(parent.children, "count" if config.prior == "count" and config.cutoff is None else "sum")
 
 
 def stepwise(tree: Tree, answer: Node, advantage: Callable[[Node, Node], float]) -> Trajectory:

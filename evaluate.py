@@ -70,6 +70,7 @@ def score_search(
         if method == "mcts":
             trees = plant(policy, chunk, seeds)
             used = search(trees, sampler, partial(policy.grade, exact=True), config)
+            used.generated = sum(tree.generated for tree in trees)  # counted as below
             rows = [[policy.grade(tree.problem, node.completion()) for node in tree.answers()] for tree in trees]
         else:
             samples, used = best_of_budget(policy, sampler, chunk, config, seeds)
@@ -103,7 +104,8 @@ def best_of_budget(
         block, seconds = block + 1, seconds + used.seconds
         unfinished = [i for i in unfinished if len(rows[i]) == 8 * block and not rows[i][-1].reward.correct]
     generated = sum(len(t.completion) for row in rows for t in row)
-    return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds)
+    decoded = sum(len({tuple(t.completion[:i]) for t in row for i in range(1, len(t.completion))}) for row in rows)
+    return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds, decoded=decoded)
 
 
 def within_budget(samples: list[Trajectory], budget: int) -> list[Trajectory]:

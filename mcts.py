@@ -4,8 +4,8 @@ A node is a token sequence (prompt + steps). An edge is one sampled step. A term
 move together, in waves:
 
     select     each tree picks up to `workers` leaves; virtual loss keeps them apart
-    expand     one sampler call draws K steps for every leaf of every tree
-    evaluate   one critic call gives V(s) in [-1, 1] of those leaves; a terminal node gets the verifier's reward instead
+    expand     one sampler call draws K steps for every leaf of every tree; the verifier grades those that are answers
+    evaluate   one critic call gives V(s) in [-1, 1] of those leaves; a terminal node has the verifier's reward instead
     backup     visits and values are added on the way back to the root
 
 Equation (Silver et al. 2017, AlphaGo Zero; c sqrt(N) as in the post):
@@ -16,12 +16,14 @@ Where this differs from the post:
 
     identical children    merged, or with `cutoff` never drawn; the post keeps them
     prior                 `mean` log-probability a token; the post's `sum` favours short steps
-    unvisited child       Q of its parent; the post's is 0 (`zero`)
+    unvisited child       Q of its parent, an answer its reward; the post's is 0 (`zero`)
+    answers               graded when they are drawn; the post's when a simulation reaches them (`visited`)
     virtual loss          a pending visit counts as a loss; the post's (`visit`) attracts workers where Q < 0
     always                a leaf is counted once, a terminal node is never expanded nor given to the critic, no virtual
                           visit outlives a wave
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -53,13 +55,13 @@ class Node:
     total: float = 0.0  # W(s), the sum of the values backed up through here
     pending: int = 0  # virtual visits of the running wave
     value: float | None = None
-    reward: Reward | None = None  # the verifier's, of a terminal node once visited
+    reward: Reward | None = None  # the verifier's, of a terminal node that is graded
     gumbel: float = 0.0  # noise, of the root's children only
 
     @property
     def q(self) -> float:
-        """Mean value Q in [-1, 1]; 0 before the first visit."""
-        return self.total / self.visits if self.visits else 0.0
+        """Mean value Q in [-1, 1]. Before the first visit it is the node's own value, or 0 if it has none."""
+        return self.total / self.visits if self.visits else self.value or 0.0
 
     def path(self) -> list["Node"]:
         """The nodes from the root to here."""
@@ -81,6 +83,7 @@ class Tree:
     root: Node = field(default_factory=Node)
     expansions: int = 0
     generated: int = 0  # tokens of its sampled steps
+    spent: bool = False  # a sampled step did not fit into the token budget
     merged: int = 0  # sampled steps that repeated a sibling
     solved: bool = False  # it has a right answer
 
@@ -101,13 +104,13 @@ class Tree:
 
     def simulations_left(self, config: SearchConfig) -> int:
         """How many simulations the next wave may do: workers, simulations and token budget limit it."""
-        if config.until_right and self.solved:
+        if self.spent or (config.until_right and self.solved):
             return 0
         left = min(config.workers, config.simulations - self.root.visits)
         if config.token_budget and self.expansions:
             tokens_left = config.token_budget - self.generated
             affordable = tokens_left * self.expansions / max(self.generated, 1)  # at the mean cost of an expansion
-            left = min(left, int(affordable))
+            left = min(left, math.ceil(affordable))
         return max(left, 0)
 
     def statistics(self) -> dict[str, float]:
@@ -159,7 +162,7 @@ def wave(trees: list[Tree], sampler: Sampler, grade: Grade, config: SearchConfig
                 for node in leaf.path():
                     node.pending += 1
                 leaves.append((tree, leaf))
-        usage = expand(leaves, sampler, config)
+        usage = expand(leaves, sampler, grade, config)
         usage += evaluate(leaves, critic, grade)
         for _, leaf in leaves:
             backup(leaf, leaf.value)
@@ -202,7 +205,8 @@ def child_arrays(node: Node, config: SearchConfig) -> ChildArrays:
     totals = np.array([child.total for child in node.children])  # [K]
     if config.virtual_loss == "value":  # a pending visit is a loss, -1
         totals = totals - pending
-    unvisited = node.q if config.unvisited == "parent" else 0.0
+    first = node.q if config.unvisited == "parent" else 0.0
+    unvisited = np.array([first if child.value is None else child.value for child in node.children])  # [K]
     return ChildArrays(
         q=np.where(visits > 0, totals / np.maximum(visits, 1), unvisited),
         prior=np.array([child.prior for child in node.children]),
@@ -214,7 +218,7 @@ def child_arrays(node: Node, config: SearchConfig) -> ChildArrays:
 # ------------------------------------------------------------------------------------------------ expand
 
 
-def expand(leaves: Leaves, sampler: Sampler, config: SearchConfig) -> Usage:
+def expand(leaves: Leaves, sampler: Sampler, grade: Grade, config: SearchConfig) -> Usage:
     """Draw K steps for each leaf that is not an answer, all in one call."""
     open_leaves = [(tree, leaf) for tree, leaf in leaves if not leaf.ended]
     if not open_leaves:
@@ -225,16 +229,26 @@ def expand(leaves: Leaves, sampler: Sampler, config: SearchConfig) -> Usage:
     rows, usage = sampler.sample(states, seeds, params)
     for (tree, leaf), samples in zip(open_leaves, rows, strict=True):
         tree.expansions += 1
-        tree.generated += sum(len(sample.tokens) for sample in samples)
-        add_children(tree, leaf, samples, config)
+        add_children(tree, leaf, samples, grade, config)
     return usage
 
 
-def add_children(tree: Tree, node: Node, samples: list[Sample], config: SearchConfig) -> None:
-    """Make the sampled steps children of `node`, identical ones merged. A node without a step becomes terminal."""
+def add_children(tree: Tree, node: Node, samples: list[Sample], grade: Grade, config: SearchConfig) -> None:
+    """Make the sampled steps children of `node`, identical ones merged, and grade those that are answers. A node
+    without a step becomes terminal.
+
+    A step that does not fit into the token budget ends the tree, and so does a right answer with `until_right`: the
+    steps after it are neither used nor counted, as with best-of-N.
+    """
     children: dict[tuple[int, ...], Node] = {}  # by their tokens
     tokens_left = config.max_tokens - node.length
     for sample in samples:
+        if config.until_right and tree.solved:
+            break
+        if tree.generated and 0 < config.token_budget < tree.generated + len(sample.tokens):
+            tree.spent = True
+            break
+        tree.generated += len(sample.tokens)
         tokens, logprobs = sample.tokens[:tokens_left], sample.logprobs[:tokens_left]
         if not tokens:
             continue
@@ -246,8 +260,10 @@ def add_children(tree: Tree, node: Node, samples: list[Sample], config: SearchCo
         at_limit = child.length == config.max_tokens or child.depth == MAX_DEPTH
         child.ended = sample.ended == "end" or at_limit
         children[key] = child
+        if child.ended and config.answers == "all":
+            grade_answer(tree, child, grade)
     if not children:
-        node.ended = True
+        node.ended = not any(sample.tokens for sample in samples)
         return
     node.children = list(children.values())
     for child, prior in zip(node.children, priors(node.children, config.prior), strict=True):
@@ -277,7 +293,7 @@ def priors(children: list[Node], kind: str) -> np.ndarray:
 
 
 def evaluate(leaves: Leaves, critic: Critic, grade: Grade) -> Usage:
-    """Set the value of each leaf. The verifier grades an answer once. The others get V(s) from one critic call."""
+    """Set the value of each leaf. An answer has its reward, the others get V(s) from one critic call."""
     open_leaves, usage = [(tree, leaf) for tree, leaf in leaves if not leaf.ended], Usage()
     if open_leaves:
         values, usage = critic([tree.state(leaf) for tree, leaf in open_leaves])
@@ -285,10 +301,15 @@ def evaluate(leaves: Leaves, critic: Critic, grade: Grade) -> Usage:
             leaf.value = value
     for tree, leaf in leaves:
         if leaf.ended and leaf.reward is None:
-            leaf.reward = grade(tree.problem, leaf.completion())
-            leaf.value = leaf.reward.value
-            tree.solved |= leaf.reward.correct
+            grade_answer(tree, leaf, grade)
     return usage
+
+
+def grade_answer(tree: Tree, node: Node, grade: Grade) -> None:
+    """Give a terminal node the verifier's reward."""
+    node.reward = grade(tree.problem, node.completion())
+    node.value = node.reward.value
+    tree.solved |= node.reward.correct
 
 
 def backup(leaf: Node, value: float) -> None:

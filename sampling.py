@@ -51,6 +51,7 @@ class Usage:
     seconds: float = 0.0  # of the sampler
     valued: int = 0  # tokens that the critic read
     critic_seconds: float = 0.0
+    decoded: int = 0  # rows that the sampler ran to decode, a token each; equal beginnings of a prefix may share a row
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Usage)))
@@ -88,6 +89,7 @@ class Progress:
     generated: int = 0
     prefilled: int = 0
     valued: int = 0
+    decoded: int = 0
     seconds: float = 0.0  # of collecting and learning
     share: float = 0.0  # of the budget that is spent, in [0, 1]
 
@@ -98,6 +100,7 @@ class Progress:
         self.generated += usage.generated
         self.prefilled += usage.prefilled
         self.valued += usage.valued
+        self.decoded += usage.decoded
         self.share = self.spent(budget)
 
     def spent(self, budget: BudgetConfig) -> float:

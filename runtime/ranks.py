@@ -46,8 +46,8 @@ def join(device: str) -> int:
 
 
 def leave() -> None:
-    """The end of the run: rank 0 tells the others, and every rank closes its connections. A process that exits with open
-    ones may abort, because gloo's threads still run."""
+    """End the run: rank 0 tells the others, and every rank closes its connections. A process that exits with open ones
+    may abort, because gloo's threads still run."""
     if world() > 1:
         if rank() == 0:
             broadcast(None)

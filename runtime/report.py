@@ -75,8 +75,8 @@ def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
     lines = [
         f"\n{config.method} ({config.preset}, seed {config.seed}), {config.measuring.test_problems} held-out problems",
         *(f"  {when:7s} {score.line()}" for when, score in scores.items()),
-        f"  {progress.step} steps, {progress.generated:,} tokens generated, {progress.prefilled:,} prefilled, "
-        f"{progress.valued:,} read by the critic, {progress.seconds / 60:.1f} min",
+        f"  {progress.step} steps, {progress.generated:,} tokens generated, {progress.decoded:,} decoded, "
+        f"{progress.prefilled:,} prefilled, {progress.valued:,} read by the critic, {progress.seconds / 60:.1f} min",
         f"  {folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
     ]
     if config.task.split != "post":  # whose test problems the policy has seen

@@ -143,7 +143,7 @@ class Session:
 
     def log(self, row: dict) -> None:
         """Write a line of metrics: the counters, then `row`."""
-        counters = ("step", "generated", "prefilled", "valued", "seconds")
+        counters = ("step", "generated", "decoded", "prefilled", "valued", "seconds")
         self.run.log({name: getattr(self.progress, name) for name in counters} | row)
 
     # -------------------------------------------------------------------------------------------- measuring

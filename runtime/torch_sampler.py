@@ -182,10 +182,10 @@ class TorchSampler:
 
     @torch.inference_mode()
     def _decode(self, prefixes: list[list[int]], seeds: list[int], params: SamplingParams):
-        """The samples of each prefix, and the tokens drawn and prefilled for them."""
+        """The samples of each prefix, and the tokens drawn, prefilled and decoded for them."""
         uniform = uniform_numbers(seeds, params).to(self.policy.device)  # [R, T, ...]
         state, prefilled = self._prefill(prefixes, params)
-        generated = 0
+        generated = decoded = 0
         for t in range(params.max_tokens):
             last = t + 1 == params.max_tokens
             self._draw(state, t, uniform[state.alive, t])
@@ -197,7 +197,8 @@ class TorchSampler:
                 break
             self._compact(state, done)
             self._forward(state)
-        return state.samples(), Usage(generated, prefilled)
+            decoded += len(state.ids)
+        return state.samples(), Usage(generated, prefilled, decoded=decoded)
 
     def _prefill(self, prefixes: list[list[int]], params: SamplingParams) -> tuple[DecodeState, int]:
         """Run the prefixes. Returns the state before the first draw, and how many tokens were run.

@@ -101,6 +101,7 @@ class VLLMSampler:
             generated=sum(len(s.tokens) for row in rows for s in row),
             prefilled=self._cache_misses() - missed,
             seconds=time.perf_counter() - began,
+            decoded=sum(len(s.tokens) - 1 for row in rows for s in row),  # the last token is not run
         )
         return rows, usage
 
