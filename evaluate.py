@@ -28,7 +28,7 @@ from runtime.evaluation import Evaluation, load, parse
 from runtime.files import write
 from runtime.provenance import provenance
 from runtime.scores import Score
-from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, stream
+from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, shared_rows, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
 
@@ -63,14 +63,16 @@ def score_search(
     seed: int = 0,
     progress: bool = False,
 ) -> Score:
-    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens. Both
-    stop at the first right answer (mcts: with config.until_right)."""
+    """One answer a problem, the best that `method` ("mcts" or "best-of-n") finds with config.token_budget tokens.
+
+    Both count the tokens of each sample or step that they use. Both take samples as long as the next one fits, and stop
+    at the first right answer (mcts: with config.until_right)."""
     rewards, usage = [], Usage()
     for chunk, seeds in chunks(problems, seed, method, progress):
         if method == "mcts":
             trees = plant(policy, chunk, seeds)
             used = search(trees, sampler, partial(policy.grade, exact=True), config)
-            used.generated = sum(tree.generated for tree in trees)  # counted as below
+            used.generated = sum(tree.generated for tree in trees)  # as best_of_budget counts
             rows = [[policy.grade(tree.problem, node.completion()) for node in tree.answers()] for tree in trees]
         else:
             samples, used = best_of_budget(policy, sampler, chunk, config, seeds)
@@ -91,8 +93,8 @@ def chunks(problems: list[Problem], seed: int, what: str, progress: bool) -> Ite
 def best_of_budget(
     policy: Policy, sampler: Sampler, problems: list[Problem], config: SearchConfig, seeds: list[int]
 ) -> tuple[list[list[Trajectory]], Usage]:
-    """For each problem the samples that config.token_budget pays for, drawn 8 at a time. Usage counts the tokens of
-    those samples alone."""
+    """For each problem the samples that config.token_budget pays for, drawn 8 at a time. Usage counts those samples
+    alone, as if they had been drawn in one call."""
     rows: list[list[Trajectory]] = [[] for _ in problems]
     params = SamplingParams(8, config.max_tokens, config.temperature)
     unfinished, seconds, block = list(range(len(problems))), 0.0, 0
@@ -104,7 +106,7 @@ def best_of_budget(
         block, seconds = block + 1, seconds + used.seconds
         unfinished = [i for i in unfinished if len(rows[i]) == 8 * block and not rows[i][-1].reward.correct]
     generated = sum(len(t.completion) for row in rows for t in row)
-    decoded = sum(len({tuple(t.completion[:i]) for t in row for i in range(1, len(t.completion))}) for row in rows)
+    decoded = sum(shared_rows([t.completion for t in row]) for row in rows)
     return rows, Usage(generated, sum(len(row[0].prompt) for row in rows), seconds, decoded=decoded)
 
 
@@ -137,10 +139,10 @@ def scores(config: Evaluation) -> Iterator[Score]:
 
 def show(config: Evaluation, score: Score) -> None:
     usage = score.usage
+    counts = [f"{getattr(usage, name) / score.problems:.0f} {name}" for name in ("generated", "decoded", "prefilled")]
     print(f"{config.model}, search={config.method}: {score.line()}")
     print(
-        f"{usage.generated / score.problems:.0f} tokens generated a problem, "
-        f"{usage.prefilled / score.problems:.0f} prefilled, {usage.valued / score.problems:.0f} read by the critic; "
+        f"tokens a problem: {', '.join(counts)}, {usage.valued / score.problems:.0f} read by the critic; "
         f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
     )
 

@@ -135,6 +135,12 @@ def stream(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
+def shared_rows(completions: list[list[int]]) -> int:
+    """The rows that a sampler decodes for these completions of one prefix, where equal beginnings share a row. The last
+    token of a completion is not run."""
+    return len({tuple(tokens[:t]) for tokens in completions for t in range(1, len(tokens))})
+
+
 def complete(
     policy, sampler: Sampler, problems: list[Problem], seeds: list[int], params: SamplingParams, grade: Grade
 ) -> tuple[list[list[Trajectory]], Usage]:

@@ -1,5 +1,7 @@
 """Tests of distill.py on trees made by hand: which answers are taught, with which advantages and returns a token."""
 
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from config import LESSON_NAMES, LearningConfig, SearchConfig
 from countdown import Problem, Reward
 from distill import LESSONS, best_answer, group_advantages, most_visited_path, tree_values
+from mcts import priors
 from ppo import batch_loss, make_batches
 from runtime.micro_batches import MicroBatches
 from sampling import Trajectory
@@ -53,9 +56,9 @@ def tree():
     return tree_of(node(8, 0.25, [a, late]))
 
 
-def lessons(tree, name):
+def lessons(tree, name, settings=None):
     """(completion, advantages, returns) of each lesson, the shortest completion first."""
-    taught = LESSONS[name](tree, SearchConfig())
+    taught = LESSONS[name](tree, settings or SearchConfig())
     return sorted(((x.completion, x.advantages, x.returns) for x in taught), key=lambda x: len(x[0]))
 
 
@@ -77,12 +80,49 @@ def test_steps_are_judged_by_what_they_change(tree):
     ]
 
 
-def test_visits_pull_from_the_samples_shares_to_the_visits(tree):
-    """Prevents steps rewarded for having been sampled often. At the root 6/8 - 3/4 and 2/8 - 1/4, below 3/6 - 1/4 and
-    2/6 - 2/4."""
-    (_, late, _), (_, wrong, _), (_, right, returns) = lessons(tree, "visits")
+def test_visits_pull_from_the_policy_to_the_visits(tree):
+    """Prevents steps that are rewarded for being likely or often sampled. With prior count the policy's shares are
+    those of the samples: at the root 6/8 - 3/4 and 2/8 - 1/4, below 3/6 - 1/4 and 2/6 - 2/4. Else they are exp(log pi),
+    renormalised: at the root 6/8 - 0.1/0.5 and 2/8 - 0.4/0.5, below 3/6 - 0.3/0.4 and 2/6 - 0.1/0.4."""
+    (_, late, _), (_, wrong, _), (_, right, returns) = lessons(tree, "visits", SearchConfig(prior="count"))
     assert late == [0.0] and right == [0.0, 0.0, 0.0, 0.25, 0.25] and returns == RETURNS[2]
     assert wrong == pytest.approx([0.0, 0.0, 0.0, -1 / 6])
+    a, last = tree.root.children
+    for step, probability in ((a, 0.1), (last, 0.4), *zip(a.children, (0.3, 0.1, 1e-30))):
+        step.logprobs = [np.log(probability) / len(step.tokens)] * len(step.tokens)
+    for settings in SearchConfig(prior="sum"), SearchConfig(prior="count", cutoff=0.0):
+        (_, late, _), (_, wrong, _), (_, right, _) = lessons(tree, "visits", settings)
+        assert late == pytest.approx([0.25 - 0.8])
+        assert right == pytest.approx([0.55] * 3 + [0.5 - 0.75] * 2)
+        assert wrong == pytest.approx([0.55] * 3 + [2 / 6 - 0.25])
+
+
+@pytest.mark.parametrize("draw, settings", [
+    (permutations, SearchConfig(prior="sum", cutoff=0.0)),
+    (lambda actions, count: product(actions, repeat=count), SearchConfig(prior="sum")),
+    (lambda actions, count: product(actions, repeat=count), SearchConfig(prior="count")),
+])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_visits_teach_nothing_where_the_search_prefers_nothing(draw, settings, count):
+    """Prevents a lesson that makes likely steps likelier by itself. Where all rewards are equal, visits follow the
+    prior. The expected gradient over all draws of `count` of 4 steps must vanish. With 1/K as the policy's share it is
+    (0.31, -0.17, -0.10, -0.05) for two distinct ones."""
+    policy, gradient = np.array([0.7, 0.2, 0.07, 0.03]), np.zeros(4)
+    for drawn in draw(range(4), count):
+        left, chance = 1.0, 1.0
+        for step in drawn:
+            chance *= policy[step] / left
+            left -= policy[step] if settings.cutoff is not None else 0.0
+        steps = sorted(set(drawn))
+        children = [
+            node(reward=1.0, tokens=[step], logprobs=[np.log(policy[step])], length=1, count=drawn.count(step))
+            for step in steps
+        ]
+        for child, share in zip(children, priors(children, settings.prior)):
+            child.visits = 1000 * share
+        for completion, advantages, _ in lessons(tree_of(node(1001, 1.0, children)), "visits", settings):
+            gradient += chance * advantages[0] * (np.eye(4)[completion[0]] - policy)  # of log pi, by the logits
+    assert gradient == pytest.approx(np.zeros(4), abs=1e-12)
 
 
 def test_answers_are_a_group(tree):

@@ -127,6 +127,8 @@ def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems,
         assert row[-1].reward.correct or tokens > budget - 6  # the longest answer would not have fitted
     assert budget < 90 or any(row[-1].reward.correct and tokens <= budget - 6 for row, tokens in zip(rows, spent))
     assert (usage.generated, usage.prefilled) == (sum(spent), sum(len(policy.encode(p)) for p in problems))
+    completions = [(i, t.completion) for i, row in enumerate(rows) for t in row]
+    assert usage.decoded == len({(i, *c[:t]) for i, c in completions for t in range(1, len(c))})
     assert usage.seconds == sum(seconds) > 0
     shorter, _ = best_of_budget(
         policy, sampler, problems, replace(config, token_budget=max(1, budget // 2)), [1, 2, 3, 4]
@@ -146,6 +148,23 @@ def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, prob
     assert (score.problems, score.samples, score.mean_at_k) == (2, 1, 0.5)
     assert score.reward == pytest.approx((1 + 1 - 2 * 20 / 25) / 2)
     assert 0 < score.usage.generated <= 2 * 100 and score.usage.prefilled > 0
+
+
+@pytest.mark.parametrize("budget", [1, 30, 200])
+def test_trees_and_samples_are_charged_alike(policy, writer, budget):
+    """Prevents a rival that pays less for the same draws: where a tree's steps are whole answers, and it is not deep,
+    both draw one answer after the other, count its tokens, and stop at the first right one or before the first that
+    does not fit."""
+    texts = "<answer> 2 + 3 </answer>", "<answer> 2 </answer>"
+    lengths = {len(policy.tokenizer(text)["input_ids"]) + 1 for text in texts}  # the end's token too
+    sampler = writer((texts[0], 0.1), (texts[1], 0.9))
+    config = SearchConfig(simulations=1, children=60, workers=1, token_budget=budget, max_tokens=64, until_right=True)
+    for seed in range(20):
+        for method in ("mcts", "best-of-n"):
+            score = score_search(policy, sampler, [Problem((2, 3), 5)], method, config, seed)
+            used = score.usage.generated
+            assert used <= budget or used in lengths
+            assert score.right == [1] or used > budget - max(lengths) or used == 60 * min(lengths)
 
 
 def test_a_near_miss_does_not_draw_the_search_to_itself(policy, fake_sampler):
@@ -216,7 +235,7 @@ def test_command_line_prints_and_writes_a_result_for_each_budget(
     for score in result["scores"]:
         assert (score["problems"], score["samples"], score["mean_at_k"]) == (3, 2 if search == "none" else 1, 0.0)
         assert f"search={search}: mean@{score['samples']} 0.00%" in printed
-        assert f"{score['usage']['generated'] / 3:.0f} tokens generated a problem" in printed
+        assert f"{score['usage']['generated'] / 3:.0f} generated, " in printed
     if search == "best-of-n":  # the trees here are searched out
         smaller, larger = (score["usage"]["generated"] for score in result["scores"])
         assert smaller < larger

@@ -35,6 +35,7 @@ CONFIGS = st.builds(  # hypothesis prefers what comes first: a large tree
     unvisited=st.sampled_from(["parent", "zero"]),
     virtual_loss=st.sampled_from(["value", "visit"]),
     max_tokens=st.sampled_from([999, 40, 7]),
+    answers=st.sampled_from(["all", "visited"]),
 )
 
 
@@ -134,6 +135,14 @@ def test_value_of_an_unvisited_child(unvisited, expected):
     parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(prior=0.3)])
     found = mcts.child_arrays(parent, SearchConfig(unvisited=unvisited))
     assert (found.q.tolist(), found.prior.tolist(), found.visits.tolist()) == ([-0.9, expected], [0.7, 0.3], [2, 0])
+
+
+@pytest.mark.parametrize("unvisited", ["parent", "zero"])
+def test_value_of_an_unvisited_answer(unvisited):
+    """Prevents a simulation that is spent on a wrong answer because its reward, which is known, is not read."""
+    parent = node(3, -0.5, [node(2, -0.9, prior=0.7), node(reward=1.0, value=1.0), node(reward=-1.0, value=-1.0)])
+    assert mcts.child_arrays(parent, SearchConfig(unvisited=unvisited)).q.tolist() == [-0.9, 1.0, -1.0]
+    assert [child.q for child in parent.children] == [-0.9, 1.0, -1.0]
 
 
 @pytest.mark.parametrize("virtual_loss, expected", [("value", [-0.75, -1.0]), ("visit", [-0.25, 0.0])])
@@ -238,7 +247,7 @@ def test_duplicates_are_merged():
     """Siblings with the same tokens that split their visits, a child for an empty sample, lost counts."""
     tree = tree_of(Node())
     drawn = [Sample(tokens, [-1.0] * len(tokens), "step") for tokens in ([1, 2], [3], [1, 2], [])]
-    mcts.add_children(tree, tree.root, drawn, SearchConfig(prior="count"))
+    mcts.add_children(tree, tree.root, drawn, None, SearchConfig(prior="count"))
     first, second = tree.root.children
     assert (first.tokens, first.count, second.tokens, second.count, tree.merged) == ([1, 2], 2, [3], 1, 1)
     assert [first.prior, second.prior] == pytest.approx([2 / 3, 1 / 3])
@@ -247,7 +256,7 @@ def test_duplicates_are_merged():
 def test_gumbel_noise():
     """No noise, or another one: the Gumbel distribution has mean 0.5772 and variance pi^2 / 6 (here at 5 sigma)."""
     tree, count = tree_of(Node()), 4000
-    mcts.add_children(tree, tree.root, [Sample([i], [-1.0], "step") for i in range(count)], SearchConfig())
+    mcts.add_children(tree, tree.root, [Sample([i], [-1.0], "step") for i in range(count)], None, SearchConfig())
     gumbel = np.array([child.gumbel for child in tree.root.children])
     assert gumbel.mean() == pytest.approx(0.5772, abs=5 * math.pi / math.sqrt(6 * count))
     assert gumbel.var() == pytest.approx(math.pi**2 / 6, rel=5 * math.sqrt(4.4 / count))  # 4.4: kurtosis - 1
@@ -256,39 +265,55 @@ def test_gumbel_noise():
 # ------------------------------------------------------------------------------------------------ whole searches
 
 
-def test_golden_tree(world):
+VISITED = {  # node: visits, total, prior
+    (): (8, 3.0, 1.0),
+    (1,): (6, 3.5, 0.8),
+    (2,): (1, -0.5, 0.2),
+    (1, 3): (1, -1.0, 0.6),
+    (1, 4): (4, 4.0, 0.4),
+    (2, 4): (0, 0.0, 1.0),
+}
+ALL = VISITED | {(): (8, 5.0, 1.0), (1,): (6, 5.5, 0.8), (1, 3): (0, 0.0, 0.6), (1, 4): (5, 5.0, 0.4)}
+
+
+@pytest.mark.parametrize("answers, expected, count", [("visited", VISITED, 2), ("all", ALL, 3)])
+def test_golden_tree(world, answers, expected, count):
     """Any change to the order or the sums of a search, which would change every result without an error.
 
-    By hand, c = 1, P(A) = 0.8, P(B) = 0.2, below A: P(C) = 0.6, P(D) = 0.4. Scores of the siblings at each visit:
+    By hand, c = 1, P(A) = 0.8, P(B) = 0.2, below A: P(C) = 0.6, P(D) = 0.4. Scores of the siblings at each visit, where
+    answers are graded when visited:
     1 root (0). 2 A .8, B .2: A (.5). 3 A 1.066, B .533; C first by its prior (-1). 4 A .443, B .180; C -.576, D .316:
     D (1). 5 A .567, B .525; C -.480, D 1.346: D. 6 A .733, B .747: B (-.5). 7 A .767, B -.255; C -.4, D 1.267: D.
     8 A .853, B -.235; D again.
+
+    Where all answers are graded, C is known to be wrong and D to be right from visit 2 on:
+    2 A .8, B .2: A (.5). 3 A 1.066, B .533; C -.4, D 1.4: D (1). 4 A 1.212, B .846; D. 5 A 1.233, B 1.025; D.
+    6 A 1.233, B 1.147; D. 7 A 1.227, B 1.240: B (-.5). 8 A 1.253, B -.235; D.
     """
     a, b, c, d = 1, 2, 3, 4
     tree_below = {(): {a: 0.8, b: 0.2}, (a,): {c: 0.6, d: 0.4}, (b,): {d: 1.0}}
-    values = {(): 0.0, (a,): 0.5, (b,): -0.5, (a, c): -1.0, (a, d): 1.0}
+    values = {(): 0.0, (a,): 0.5, (b,): -0.5, (a, c): -1.0, (a, d): 1.0, (b, d): 0.0}
     game = world(
         lambda state: [((token,), p, "end" if state[1:] else "step") for token, p in tree_below[state[1:]].items()],
         lambda state: values[state[1:]],
         values.__getitem__,
     )
-    config = SearchConfig(simulations=8, children=64, workers=1, c_puct=1.0, prior="sum")
+    config = SearchConfig(simulations=8, children=64, workers=1, c_puct=1.0, prior="sum", answers=answers)
     ((tree,), usage) = game.search(config)
-    found = {tuple(n.completion()): (n.visits, n.total, round(n.prior, 9)) for n in tree.nodes()}
-    assert found == {
-        (): (8, 3.0, 1.0),
-        (a,): (6, 3.5, 0.8),
-        (b,): (1, -0.5, 0.2),
-        (a, c): (1, -1.0, 0.6),
-        (a, d): (4, 4.0, 0.4),
-        (b, d): (0, 0.0, 1.0),
-    }
+    assert {tuple(n.completion()): (n.visits, n.total, round(n.prior, 9)) for n in tree.nodes()} == expected
     assert (tree.expansions, tree.generated, tree.merged) == (3, 3 * 64, 3 * 64 - 5)
     assert (usage.generated, usage.prefilled, usage.valued) == (3 * 64, 1 + 2 + 2, 1 + 2 + 2)
     (best,) = best_answer(tree, config)
     assert most_visited_path(tree, config).completion() == best.completion == [a, d]
     assert tree.statistics() == dict(
-        visits=8, nodes=6, merged=187, depth=2, root_q=0.375, root_value=0.0, answers=2, solved=1.0
+        visits=8,
+        nodes=6,
+        merged=187,
+        depth=2,
+        root_q=expected[()][1] / 8,
+        root_value=0.0,
+        answers=count,
+        solved=1.0,
     )
 
 
@@ -320,7 +345,7 @@ def test_invariants(random_world, config, seed, max_depth):
             if n.visits and not (capped or completion[-1:] == (END,)):
                 expanded.append((*tree.prompt, *completion))
                 valued += expanded[-1:] * bool(below)  # what got no step ended there
-            if n.visits and not below:
+            if n.ended and (n.visits or config.answers == "all"):
                 ended.append((tree.problem.target, *completion))
     assert sorted(sum(game.sampled, [])) == sorted(expanded)
     assert sorted(sum(game.valued, [])) == sorted(valued)
@@ -529,17 +554,18 @@ def test_max_depth(world):
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
 def test_token_budget_is_spent_exactly(world, workers):
-    """Unequal compute: where every expansion costs 8 tokens, 50 pay for 6 of them, whatever the workers."""
+    """Unequal compute: where every step costs 2 tokens and every expansion 8, 50 tokens pay for 6 expansions and one
+    more step, whatever the workers."""
     game = world(endless)
     ((tree,), _) = game.search(SearchConfig(simulations=999, children=4, workers=workers, token_budget=50))
-    assert (tree.generated, tree.expansions) == (48, 6)
+    assert (tree.generated, sum(n.count for n in tree.nodes()) - 1) == (50, 6 * 4 + 1)
 
 
 @given(SEEDS, st.integers(1, 300), st.integers(1, 8))
 @examples(50)
 def test_token_budget(world, seed, budget, workers):
-    """Unequal compute: a wave (with one worker: an expansion) that starts when the budget is spent, or a search that
-    stops though an expansion of mean cost still fits."""
+    """Unequal compute: a tree that spends more than its budget, or that stops although its next step fits. The first
+    step is always taken, as best-of-N takes its first sample."""
 
     def steps(state):
         lengths = np.random.default_rng([seed, *state]).integers(1, 20, 2)
@@ -547,22 +573,27 @@ def test_token_budget(world, seed, budget, workers):
 
     game, config = world(steps), SearchConfig(simulations=999, workers=workers, token_budget=budget)
     ((tree,), usage) = game.search(replace(config, max_tokens=9999), seed=seed, max_depth=999)
-    assert tree.generated == usage.generated == sum(game.generated)
-    assert sum(game.generated[:-1]) < budget < tree.generated + tree.generated / tree.expansions
+    first, *others = [len(n.tokens) for n in tree.nodes()[1:] for _ in range(n.count)]
+    assert tree.generated == first + sum(others) and (tree.generated <= budget or not others)
+    assert tree.spent or tree.generated == budget
+    assert sum(game.generated[:-1]) < budget or not others  # no wave starts when the budget is spent
 
 
 @given(GAMES, SEEDS, st.integers(1, 4))
 @examples(50)
 def test_a_tree_ends_with_its_first_right_answer(world, problem, seed, workers):
-    """Prevents tokens spent after the answer is known, a tree that ends before, and another search on the way there."""
+    """Prevents tokens that are spent or counted after the answer is known, a tree that ends before, and another search
+    on the way there."""
     config = SearchConfig(simulations=100, children=3, workers=workers)
     game, _ = countdown_world(world, problem)
     (whole,), _ = game.search(config, seed=seed)
-    (tree,), _ = game.search(replace(config, until_right=True), seed=seed)
+    (tree,), usage = game.search(replace(config, until_right=True), seed=seed)
     graded = game.graded[len(whole.answers()) :]
     assert graded == game.graded[: len(graded)] and tree.solved == whole.solved
     assert (tree.root.visits < whole.root.visits) or not tree.solved or tree.root.visits > 100 - workers
-    assert sum(answer.reward.correct for answer in tree.answers()) <= workers
+    right = [answer for answer in tree.answers() if answer.reward.correct]
+    assert [(100, *answer.completion()) for answer in right] == graded[-1:] * tree.solved
+    assert tree.generated == sum(len(n.tokens) * n.count for n in tree.nodes()) <= usage.generated
 
 
 # ------------------------------------------------------------------------------------------------ settings

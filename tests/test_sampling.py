@@ -19,7 +19,7 @@ from runtime.beams import Beams, Draws
 from runtime.cache import merge_rows
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler, inverse_cdf
-from sampling import SamplingParams, Usage, complete, stream
+from sampling import SamplingParams, Usage, complete, shared_rows, stream
 
 PREFIXES = [[5, 9, 9, 40, 2], [7], [11, 12, 0, 8, 99, 100, 3, 4], [60, 61], [42]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -212,7 +212,19 @@ def test_siblings_share_what_they_have_in_common_and_ended_rows_leave_the_batch(
     assert sum(decoded) < sum(len(s.tokens) - 1 for s in samples)
     assert forward_passes == [(5, 8), *((rows, 1) for rows in decoded if rows)]
     assert (usage.generated, usage.prefilled) == (sum(len(s.tokens) for s in samples), sum(map(len, PREFIXES)))
+    assert usage.decoded == sum(decoded) == sum(shared_rows([s.tokens for s in row]) for row in rows)
     assert usage.seconds > 0
+
+
+@pytest.mark.parametrize("cutoff", [None, 0, 0.05])
+def test_decoded_counts_the_rows_that_the_model_ran(stopping, forward_passes, cutoff):
+    """Prevents a comparison by a count that charges independent samples for beginnings that they share: what is decoded
+    is what went through the model one token at a time, also for distinct samples that were dropped on the way."""
+    rows, usage = draw(stopping, n=6, cutoff=cutoff)
+    assert usage.decoded == sum(count for count, length in forward_passes[1:]) > 0
+    assert all(length == 1 for _, length in forward_passes[1:])
+    assert usage.decoded >= sum(shared_rows([s.tokens for s in row]) for row in rows)
+    assert usage.decoded < usage.generated
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=20))
