@@ -33,13 +33,18 @@ from runtime.run_folder import log_of
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 GRAY = "#8d99ae"
-ALONG = {"generated": "generated tokens", "seconds": "seconds of training", "cpu_seconds": "CPU seconds of training"}
+ALONG = {
+    "generated": "generated tokens",
+    "decoded": "decoded tokens",
+    "seconds": "seconds of training",
+    "cpu_seconds": "CPU seconds of training",
+}
 REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}  # as in assets/explorer.html
 
 
 def learning_curves(folders: list[Path], x: str = "generated", axes=None):
-    """Validation score against `x` (generated tokens, seconds or CPU seconds): for each method the mean over seeds, in
-    a band from the lowest seed to the highest. Returns the matplotlib figure."""
+    """Validation score against `x` (of ALONG): for each method the mean over seeds, in a band from the lowest seed to
+    the highest. Returns the matplotlib figure."""
     groups = by_method(folders)
     styles = line_styles(groups)
     curves, ks = defaultdict(list), set()
@@ -105,16 +110,15 @@ def pass_curves(policies: dict[str, np.ndarray], samples: int, axes):
 
 
 def search_curves(files: list[Path]):
-    """Problems solved against the tokens that a search has drawn for each, with 95 % intervals over problems, from
-    `evaluate.py --out` files with several budgets. A policy has a line style, a number of children a shade. Returns the
-    matplotlib figure."""
-    _, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    """Problems solved against the tokens that a search has generated (left) and decoded (right) for each, with 95 %
+    intervals over problems, from `evaluate.py --out` files with several budgets. A policy has a line style, a number of
+    children a shade. Returns the matplotlib figure."""
+    _, panels = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
     results = [read_scores(file) for file in files]
     models = list(dict.fromkeys(result["model"] for result in results))
     widths = sorted({result["tree"]["children"] for result in results if result["method"] == "mcts"})
     for result in results:
         scores = result["scores"]
-        tokens = [score["usage"]["generated"] / score["problems"] for score in scores]
         keys = ("mean_at_k", "mean_low", "mean_high")
         solved, low, high = (100 * np.array([score[key] for score in scores]) for key in keys)
         words, marker = [result["method"]], {"marker": "o"}
@@ -125,21 +129,23 @@ def search_curves(files: list[Path]):
             marker["alpha"] = 1 - 0.6 * (len(widths) - 1 - widths.index(children)) / len(widths)
         if len(models) > 1:
             words.append(result["model"])
-        axes.errorbar(
-            tokens,
-            solved,
-            (solved - low, high - solved),
-            color=COLORS[result["method"]],
-            linestyle=("-", "--", ":", "-.")[models.index(result["model"]) % 4],
-            markersize=4,
-            label=", ".join(words),
-            **marker,
-        )
-    axes.set_xscale("log", base=4)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("generated tokens a problem")
-    axes.set_ylabel("test problems solved, %")
-    return add_legend(axes, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
+        for axes, tokens in zip(panels, ("generated", "decoded")):
+            axes.errorbar(
+                [score["usage"][tokens] / score["problems"] for score in scores],
+                solved,
+                (solved - low, high - solved),
+                color=COLORS[result["method"]],
+                linestyle=("-", "--", ":", "-.")[models.index(result["model"]) % 4],
+                markersize=4,
+                label=", ".join(words),
+                **marker,
+            )
+            axes.set_xscale("log", base=4)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.set_xlabel(f"{ALONG[tokens]} a problem")
+    panels[0].set_ylabel("test problems solved, %")
+    panels[0].spines[["top", "right"]].set_visible(False)
+    return add_legend(panels[1], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
 
 
 def forest(folders: list[Path]):
@@ -205,7 +211,7 @@ class PlotConfig:
     what: tyro.conf.Positional[str]
     folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
     out: Path | None = None  # of curves, forest and search: .png, .pdf or .svg; else curves.png
-    x: str | None = None  # of curves: generated, seconds, cpu_seconds; else generated
+    x: str | None = None  # of curves: generated, decoded, seconds, cpu_seconds; else generated
 
     def __post_init__(self):
         if self.what not in (known := (*FIGURES, *TABLES, "tree")):

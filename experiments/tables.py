@@ -99,11 +99,11 @@ def tested(folders: list[Path]) -> tuple[dict[str, list[Logs]], dict[str, str]]:
 
 
 def along(rows: list[dict], x: str) -> list[float]:
-    """How far a run was at each row, in tokens, seconds or CPU seconds. Rows hold the CPU seconds of their step alone
-    (0 throughout where they were not recorded)."""
+    """How far a run was at each row, in tokens, seconds or CPU seconds; 0 throughout where that was not recorded. Rows
+    hold the CPU seconds of their step alone."""
     if x == "cpu_seconds":
         return list(accumulate(row.get(x, 0) for row in rows))
-    return [row[x] for row in rows]
+    return [row.get(x, 0) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------ evaluations
@@ -233,21 +233,22 @@ def summary_table(folders: list[Path]) -> str:
     if len(ks) > 1:
         raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
     k = ks.pop() if ks else "k"
-    lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | tokens | steps | CPU |"]
-    lines.append("|" + "---|" * 9)
+    lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | generated | decoded | steps | CPU |"]
+    lines.append("|" + "---|" * 10)
     for name, group in groups.items():
         if not group:
-            lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
+            lines.append(f"| {name} | {seeds[name]} |" + " – |" * 8)
             continue
         mean, passed = mean_and_pass(scores_of(group))
-        tokens, steps, parsed = (
-            np.mean([rows[-1][key] for _, rows in group]) for key in ("generated", "step", "test_parsed")
+        generated, decoded, steps, parsed = (
+            np.mean([rows[-1][key] for _, rows in group if key in rows[-1]] or [0])
+            for key in ("generated", "decoded", "step", "test_parsed")
         )
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in group]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
             f"| {name} | {seeds[name]} | **{mean}** | {lead_text(lead(name, groups))} | {passed} | {parsed:.0%} "
-            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
+            f"| {generated / 1e6:.2f} M | {f'{decoded / 1e6:.2f} M' if decoded else '–'} | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
 

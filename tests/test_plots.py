@@ -134,10 +134,11 @@ def test_a_summary_has_a_row_a_method(folders):
         finish(folder, [16 * i, 8, 0, 8])
     header, _, row = tables.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
-    assert row.endswith("| 0.00 M | 4 | – |")
+    assert row.endswith("| 0.00 M | – | 4 | – |")
     config, rows = tables.load(folders[0])
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | {"cpu_seconds": 30}) + "\n" for row in rows))
-    cost = f"| {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded it
+    recorded = {"cpu_seconds": 30, "decoded": 40_000}
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | recorded) + "\n" for row in rows))
+    cost = f"| 0.04 M | 4 | {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded them
     assert tables.summary_table(folders).endswith(cost)
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
         tables.summary_table([*folders, folders[0]])
@@ -159,7 +160,7 @@ def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
     save(folders[1], preset_for("tiny", "mcts").change(seed=1, lesson="steps"))
     _, row = tables.summary_table(folders).splitlines()[2:]
-    assert row == "| mcts, lesson steps | 1 collapsed |" + " – |" * 7
+    assert row == "| mcts, lesson steps | 1 collapsed |" + " – |" * 8
 
 
 def test_a_forest_shows_what_a_setting_changes(folders):
@@ -188,11 +189,11 @@ def test_scores_of_another_test_are_not_subtracted(folders, other):
 
 
 def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
-    """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, and two policies that look
-    alike."""
+    """Prevents a tree that was searched out after 200 tokens drawn at its budget of 4,096, policies that look alike,
+    and one count of tokens drawn as the other."""
     score = {"problems": 10, "mean_at_k": 0.2, "mean_low": 0.1, "mean_high": 0.4}
     for method, spent in (("mcts", (160, 2_000)), ("best-of-n", (150, 40_000))):
-        scores = [score | {"usage": {"generated": tokens}} for tokens in spent]
+        scores = [score | {"usage": {"generated": tokens, "decoded": tokens // 2}} for tokens in spent]
         one = {"model": "a", "method": method, "budget": [16, 4_096], "scores": scores}
         tree = {"tree": {"children": 2, "cutoff": None}} if method == "mcts" else {}
         (tmp_path / f"{method}.json").write_text(json.dumps(one | tree))
@@ -200,13 +201,15 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
     rival, tree = (container.lines[0] for container in figure.axes[0].containers)
     assert list(tree.get_xdata()) == [16, 200] and list(rival.get_xdata()) == [15, 4_000]
     assert tree.get_ydata() == pytest.approx([20, 20])
+    rival, tree = (container.lines[0] for container in figure.axes[1].containers)
+    assert list(tree.get_xdata()) == [8, 100] and list(rival.get_xdata()) == [7.5, 2_000]
     (tmp_path / "other.json").write_text(json.dumps(one | {"model": "b"}))
     figures = figure, plots.search_curves(sorted(tmp_path.iterdir()))
-    one, two = ([text.get_text() for text in f.axes[0].get_legend().get_texts()] for f in figures)
+    one, two = ([text.get_text() for text in f.axes[1].get_legend().get_texts()] for f in figures)
     assert one == ["best-of-n", "mcts, K = 2"] and two == ["best-of-n, a", "mcts, K = 2, a", "best-of-n, b"]
     tree = json.loads((tmp_path / "mcts.json").read_text()) | {"tree": {"children": 2, "cutoff": 0.0}}
     (tmp_path / "mcts.json").write_text(json.dumps(tree))
-    legend = plots.search_curves([tmp_path / "mcts.json"]).axes[0].get_legend()
+    legend = plots.search_curves([tmp_path / "mcts.json"]).axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["mcts, K = 2, distinct"]
 
 
