@@ -143,7 +143,7 @@ class DistillConfig:
     """What a tree teaches."""
 
     lesson: str = "best-path"  # best-path (the post) or another lesson of distill.py
-    answers: str = "all"  # of a tree that are graded: all that were drawn, or visited (by a simulation)
+    answers: str = "visited"  # those of a tree that are graded: all that it draws, or visited by a simulation
     dump_trees: int = 0  # trees of each step to keep, as RUN/trees/STEP.json
 
     def __post_init__(self):

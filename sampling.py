@@ -89,9 +89,9 @@ class Progress:
     generated: int = 0
     prefilled: int = 0
     valued: int = 0
-    decoded: int = 0
     seconds: float = 0.0  # of collecting and learning
     share: float = 0.0  # of the budget that is spent, in [0, 1]
+    decoded: int = 0
 
     def advance(self, usage: Usage, budget: BudgetConfig, seconds: float = 0.0) -> None:
         """Count a training step and what it cost."""

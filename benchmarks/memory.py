@@ -98,6 +98,7 @@ def counted(config: Config) -> Iterator[tuple[Policy, Count]]:
         with (
             patch.object(AutoModelForCausalLM, "from_pretrained", blank),
             patch("policy.copy", SimpleNamespace(deepcopy=copied)),
+            patch("runtime.loading.check_policy"),  # fake tensors have no values
             patch.object(PreTrainedModel, "to", stay),
             patch.object(torch.nn.Module, "to", stay),
         ):

@@ -5,6 +5,7 @@
     python -m experiments.plots search results/search/*                        # problems solved at test time, by tokens
     python -m experiments.plots table results/compare/*                        # test scores, a row a run
     python -m experiments.plots summary results/compare/*                      # test scores and cost, a row a method
+    python -m experiments.plots tokens results/decoded/*                       # generated and decoded, a row a method
     python -m experiments.plots overview results/compare/*                     # the README's table: two temperatures
     python -m experiments.plots validation results/targets/*                   # validation scores, the best first
     python -m experiments.plots scores results/cold/*                          # what evaluate.py wrote, a row a policy
@@ -207,7 +208,7 @@ FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}
 class PlotConfig:
     """Draw a figure of runs, print their results as a table, or make a page of searched trees."""
 
-    # figures: curves, forest, search; tables: table, summary, overview, validation, scores; tree: a page, FILE.html
+    # figures: curves, forest, search; tables: table, summary, overview, tokens, validation, scores; tree: a page
     what: tyro.conf.Positional[str]
     folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
     out: Path | None = None  # of curves, forest and search: .png, .pdf or .svg; else curves.png

@@ -233,24 +233,52 @@ def summary_table(folders: list[Path]) -> str:
     if len(ks) > 1:
         raise ValueError(f"runs with {sorted(ks)} samples a test problem can't share a table")
     k = ks.pop() if ks else "k"
-    lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | generated | decoded | steps | CPU |"]
-    lines.append("|" + "---|" * 10)
+    lines = [f"| method | seeds | mean@{k} | minus search | pass@{k} | format | tokens | steps | CPU |"]
+    lines.append("|" + "---|" * 9)
     for name, group in groups.items():
         if not group:
-            lines.append(f"| {name} | {seeds[name]} |" + " – |" * 8)
+            lines.append(f"| {name} | {seeds[name]} |" + " – |" * 7)
             continue
         mean, passed = mean_and_pass(scores_of(group))
-        generated, decoded, steps, parsed = (
-            np.mean([rows[-1][key] for _, rows in group if key in rows[-1]] or [0])
-            for key in ("generated", "decoded", "step", "test_parsed")
+        tokens, steps, parsed = (
+            np.mean([rows[-1][key] for _, rows in group]) for key in ("generated", "step", "test_parsed")
         )
         times = [sum(row.get("cpu_seconds", 0) for row in rows) for _, rows in group]
         cpu = f"{np.mean([time for time in times if time]) / 60:.1f} min" if any(times) else "–"
         lines.append(
             f"| {name} | {seeds[name]} | **{mean}** | {lead_text(lead(name, groups))} | {passed} | {parsed:.0%} "
-            f"| {generated / 1e6:.2f} M | {f'{decoded / 1e6:.2f} M' if decoded else '–'} | {steps:.0f} | {cpu} |"
+            f"| {tokens / 1e6:.2f} M | {steps:.0f} | {cpu} |"
         )
     return "\n".join(lines)
+
+
+def tokens_table(folders: list[Path]) -> str:
+    """A Markdown table of runs, a row a method: tokens by both counts, and the validation score where all methods have
+    spent equally many of each. ValueError for a run that has not recorded what it decoded."""
+    groups = by_method(folders)
+    every_row = [rows for group in groups.values() for _, rows in group]
+    if not all("decoded" in rows[-1] for rows in every_row):
+        raise ValueError("a run has not recorded decoded tokens: it was made by an earlier version")
+    spent = {count: min(rows[-1][count] for rows in every_row) for count in ("generated", "decoded")}
+    scores = [f"validation at {tokens / 1e6:.2f} M {count}" for count, tokens in spent.items()]
+    lines = [" | ".join(["| method", "seeds", "generated", "decoded", "ratio", "prefilled", *scores]) + " |"]
+    lines.append("|" + "---|" * 8)
+    for name, group in groups.items():
+        generated, decoded, prefilled = (
+            np.mean([rows[-1][count] for _, rows in group]) / 1e6 for count in ("generated", "decoded", "prefilled")
+        )
+        at = [np.mean([score_at(rows, count, tokens) for _, rows in group]) for count, tokens in spent.items()]
+        lines.append(
+            f"| {name} | {len(group)} | {generated:.2f} M | {decoded:.2f} M | {generated / decoded:.2f} "
+            f"| {prefilled:.2f} M | **{at[0]:.1%}** | **{at[1]:.1%}** |"
+        )
+    return "\n".join(lines)
+
+
+def score_at(rows: list[dict], count: str, tokens: float) -> float:
+    """A run's validation score after so many tokens by a count, between two evaluations on the line that joins them."""
+    evaluations = [row for row in rows if "eval_mean" in row]
+    return np.interp(tokens, [row[count] for row in evaluations], [row["eval_mean"] for row in evaluations])
 
 
 def overview_table(folders: list[Path]) -> str:
@@ -341,6 +369,7 @@ TABLES = {
     "table": results_table,
     "summary": summary_table,
     "overview": overview_table,
+    "tokens": tokens_table,
     "validation": validation_table,
     "scores": scores_table,
 }

@@ -13,7 +13,7 @@ from runtime import ranks, report
 from runtime.cli import fail, parse
 from runtime.cluster import collecting
 from runtime.guard import Stopped
-from runtime.loading import pick_device
+from runtime.loading import pick_device, recorded
 from runtime.run_folder import check_unused, finished
 from runtime.session import Session
 
@@ -35,6 +35,7 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
         fail(f"this program runs {', '.join(collectors)}, not {config.method!r}: see ppo.py, baselines.py")
     if not resume:
         check_unused(config.folder)
+        config = recorded(config)
     elif finished(config.folder):
         if "--force" in args:
             fail(f"{config.folder} is finished: a new run can start from its policy, --model {config.folder}")

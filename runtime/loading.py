@@ -19,12 +19,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from config import TINY
+from config import TINY, Config
 from countdown import Problem
 from policy import Policy, encode
 from runtime.cache import GROUPED
-from runtime.files import read_json
-from runtime.weights import VALUE_HEAD, read_tensors
+from runtime.files import one_line, read_json
+from runtime.model_checks import check_adapter, check_adapter_settings, check_policy
+from runtime.weights import VALUE_HEAD, load_value_head
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advertises a package not needed here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -73,11 +74,17 @@ def load_policy(
         raise ValueError("training all weights needs --dtype float32: in bf16 most small updates round to nothing")
     if train and not lora and quantize != "none":
         raise ValueError("4-bit weights can't be trained: pass --lora-rank 32, or --quantize none")
-    read_model_config(folder, base)
+    if adapter:
+        check_adapter_settings(adapter, lora_rank)
+    config = read_model_config(folder, base)
+    config._attn_implementation = None  # the kit chooses it; a checkpoint may name a package that is not installed
+    stored = stored_bits(base, config, train and not lora)
     tokenizer = read_tokenizer(folder, base)
     dtype = getattr(torch, dtype)
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    if quantize == "nf4":
+    options = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    if stored:
+        options["device_map"] = {"": device}
+    elif quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -86,6 +93,9 @@ def load_policy(
         lm, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]):  # transformers has drawn them at random
             raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+    except Exception as error:  # no access, no memory, torn or foreign files: each has its own type
+        raise ValueError(explain(folder, base, error)) from None
+    try:
         keep_packing(lm)
         if lm.config._attn_implementation == "sdpa":
             lm.set_attn_implementation(GROUPED)
@@ -93,20 +103,35 @@ def load_policy(
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter:
             lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True)
+            check_adapter(lm, adapter)
         elif lora_rank:
             settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
             lm = get_peft_model(lm, settings)
-    except Exception as error:  # no access, no memory, torn or foreign files: each has its own type
-        raise ValueError(explain(folder, base, error)) from None
-    if quantize == "none":
+    except Exception as error:  # of PEFT
+        raise ValueError(f"can't load {folder!r}: {one_line(error)}") from None
+    if quantize == "none" and not stored:
         lm.to(device)
     for parameter in lm.parameters():
         if parameter.requires_grad and lora:
             parameter.data = parameter.data.float()
     policy = Policy(lm.eval(), tokenizer, lora, train)
     if (head := Path(folder) / VALUE_HEAD).exists():
-        policy.value_head.load_state_dict(read_tensors(head))
+        load_value_head(policy, head)
+    check_policy(policy, str(model))
     return policy
+
+
+def stored_bits(base: str, config: PreTrainedConfig, train_all: bool) -> bool:
+    """Whether a checkpoint's weights are stored in 4 or 8 bits. ValueError where they can't be used so."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return False
+    kind = settings.get("quant_method", "bitsandbytes")
+    if kind != "bitsandbytes":
+        raise ValueError(f"{base}: its weights are stored as {kind}, which is not read here: use the model before that")
+    if train_all:
+        raise ValueError(f"{base}: its weights are stored in few bits, which can't be trained: pass --lora-rank 32")
+    return True
 
 
 def read_model_config(folder: str, base: str) -> PreTrainedConfig:
@@ -144,6 +169,17 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def recorded(config: Config) -> Config:
+    """A run's settings as its config.json has to have them: a model's folder with its whole path, the rank of a model
+    that is an adapter. ValueError for what is not a model."""
+    folder, base = locate(config.model)
+    changes = {"lora_rank": adapter_rank(folder, base)} if folder != base and not config.machine.lora_rank else {}
+    path = Path(config.model).expanduser()
+    if config.model != TINY and path.exists():
+        changes["model"] = str(path.absolute())
+    return config.change(**changes)
+
+
 def adapter_rank(folder: str, base: str) -> int:
     """The rank of an adapter. `folder`, `base`: as `locate` returns them. 0 if the model is no adapter."""
     return read_json(Path(folder) / "adapter_config.json").get("r", 8) if folder != base else 0
@@ -164,8 +200,10 @@ def locate(model: str | Path) -> tuple[str, str]:
     A run folder means its final policy. ValueError, before weights are read, for what is not a model.
     """
     path, name = Path(model).expanduser(), str(model)
-    if name == TINY and not path.exists():  # the embedded policy, from any working directory
-        path = KIT / TINY
+    if name == TINY:  # the embedded policy, from any working directory
+        path = path if path.exists() else KIT / TINY
+    elif path.exists():  # a name that holds from any working directory later
+        path = path.absolute()
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
         raise ValueError(f"{name} is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER")
     if not path.exists():
@@ -216,8 +254,8 @@ def ask_hub(name: str) -> None:
 def explain(folder: str, base: str, error: Exception) -> str:
     """One line of advice about a model that transformers could not load."""
     model = f"{folder!r}" if folder == base else f"the base model {base!r} of the adapter {folder!r}"
-    if Path(base).exists():
-        return f"can't load {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    if Path(base).exists() or isinstance(try_to_load_from_cache(base, "config.json"), str):
+        return f"can't load {model}: {one_line(error)}"
     return (
         f"can't load {model}: no such folder, and not found on the Hugging Face hub (no access, or no such name). "
         f"Where there is access: hf download {base} --local-dir FOLDER; then pass the folder"

@@ -26,10 +26,12 @@ from torch import Tensor
 from policy import Policy, left_pad
 from runtime.beams import Beams, Choice, Draws
 from runtime.cache import Entry, KVCache, Pool, merge_rows
+from runtime.guard import Stopped
 from sampling import ENDS, STEP_END, Sample, SamplingParams, Usage
 
 KEPT = 2**17  # tokens whose keys and values are kept between calls
 DRAW_CHUNK = 2**24  # elements of [rows, V] alive at once while tokens are drawn: about 0.5 GB
+NOT_FINITE = "the policy's logits are not finite: its weights are destroyed, try a lower --learning-rate"
 LENGTH, STEP, END = range(len(ENDS))  # indices of ENDS
 
 
@@ -232,6 +234,8 @@ class TorchSampler:
         """
         hidden = state.hidden[state.row]  # [s, H]
         draws = self._draw_tokens(hidden, uniform[:, 0], state.params.temperature)  # of [s, 1] or [s, n]
+        if (~torch.isfinite(draws.logprobs[:, 0])).any():
+            raise Stopped(NOT_FINITE)
         if state.beams is None:
             state.append(t, draws.tokens[:, 0], draws.logprobs[:, 0])
             return

@@ -1,5 +1,6 @@
 """The sampler for GPUs: vLLM, in the trainer's process."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -9,7 +10,8 @@ from pathlib import Path
 import torch
 
 from policy import Policy
-from runtime.torch_sampler import check_context, read_values
+from runtime.guard import Stopped
+from runtime.torch_sampler import NOT_FINITE, check_context, read_values
 from sampling import STEP_END, Sample, Usage
 
 MAX_SEQUENCES = 256  # that vLLM decodes together
@@ -97,6 +99,8 @@ class VLLMSampler:
         prompts = [{"prompt_token_ids": prefix} for prefix in prefixes]
         outputs = self.llm.generate(prompts, wanted, lora_request=self.adapter, use_tqdm=False) if prompts else []
         rows = [[self._record(one) for one in sorted(row.outputs, key=lambda o: o.index)] for row in outputs]
+        if not all(math.isfinite(logprob) for row in rows for s in row for logprob in s.logprobs):
+            raise Stopped(NOT_FINITE)
         usage = Usage(
             generated=sum(len(s.tokens) for row in rows for s in row),
             prefilled=self._cache_misses() - missed,

@@ -1,11 +1,13 @@
 """A policy's weights as files, and tensors from files that may be torn or hostile."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from policy import Policy
+from runtime.files import one_line
 
 VALUE_HEAD = Path("value_head") / "weights.safetensors"  # in the folder of a saved policy
 
@@ -28,18 +30,38 @@ def load_weights(policy: Policy, folder: Path) -> None:
     weights of other settings."""
     try:
         if policy.lora:
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-            set_peft_model_state_dict(policy.lm, read_tensors(folder / "adapter_model.safetensors"))
+            saved = read_tensors(folder / "adapter_model.safetensors")
+            check_names(saved.keys(), get_peft_model_state_dict(policy.lm).keys())
+            set_peft_model_state_dict(policy.lm, saved)
         else:
-            missing, unexpected = policy.lm.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
-            if unexpected or set(missing) - {"lm_head.weight"}:
-                raise RuntimeError(f"{[*missing, *unexpected][:3]} …")
-            policy.lm.tie_weights()
-        policy.value_head.load_state_dict(read_tensors(folder / VALUE_HEAD))
+            # from_pretrained, as a file's names may be others than the model's (mixtures of experts)
+            options = dict(dtype=policy.lm.dtype, use_safetensors=True, trust_remote_code=False)
+            saved, info = type(policy.lm).from_pretrained(folder, output_loading_info=True, **options)
+            check_names(info["unexpected_keys"], info["missing_keys"])
+            policy.lm.load_state_dict(saved.state_dict())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{folder}: weights do not fit the model: go on with its own settings ({one_line(error)})"
+        ) from None
+    load_value_head(policy, folder / VALUE_HEAD)
+
+
+def check_names(saved: Collection[str], wanted: Collection[str]) -> None:
+    """ValueError if the names of the tensors in a file are not those of the model: a loader would leave them out, or
+    draw them at random."""
+    if wrong := sorted(set(saved) ^ set(wanted)):
+        which = "has no place for" if wrong[0] in saved else "lacks"
+        raise ValueError(f"the model {which} {wrong[0]}, one of {len(wrong)} tensors")
+
+
+def load_value_head(policy: Policy, file: Path) -> None:
+    """Load a saved value head. ValueError if it is one of another model."""
+    try:
+        policy.value_head.load_state_dict(read_tensors(file))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{folder}: weights do not fit the model: go on with its own settings ({reason})") from None
+        raise ValueError(f"{file}: the value head is that of another model ({one_line(error)})") from None
 
 
 def read_tensors(file: Path) -> dict:

@@ -203,12 +203,12 @@ evaluate.py --data numberless.jsonl                | numbers and target must be 
 evaluate.py --data long.jsonl                      | new tokens exceed the context of 512
 evaluate.py no/such                                | hf download no/such
 evaluate.py models/no-template                     | no chat template: use an instruct model
-evaluate.py models/no-system                       | can't load 'models/no-system': no system text here
-evaluate.py models/bad-template                    | can't load 'models/bad-template'
+evaluate.py models/no-system                       | /models/no-system': no system text here
+evaluate.py models/bad-template                    | /models/bad-template'
 evaluate.py models/no-end                          | no eos_token: answers would never end
-evaluate.py models/no-tokenizer                    | can't load 'models/no-tokenizer'
-evaluate.py models/no-json                         | can't load 'models/no-json'
-evaluate.py models/unknown                         | can't load 'models/unknown'
+evaluate.py models/no-tokenizer                    | /models/no-tokenizer'
+evaluate.py models/no-json                         | /models/no-json'
+evaluate.py models/unknown                         | /models/unknown'
 evaluate.py models/mamba                           | mamba
 evaluate.py models/conv                            | layers without attention
 evaluate.py models/gpt2                            | gpt2 is no decoder of text like Llama
@@ -221,7 +221,7 @@ evaluate.py models/adapter-json                    | adapter_config.json is dama
 evaluate.py models/adapter-base                    | the adapter doesn't name its base model
 evaluate.py models/shards                          | model.safetensors.index.json is damaged
 evaluate.py models/map                             | model.safetensors.index.json is damaged
-evaluate.py models/odd                             | can't load 'models/odd'
+evaluate.py models/odd                             | /models/odd'
 scripts/make_data.py --nonsense                    | there is no option --nonsense
 scripts/make_data.py --train one                   | --train must be a whole number, not 'one'
 scripts/make_data.py --train -1                    | train must be at least 0

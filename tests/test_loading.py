@@ -113,21 +113,22 @@ def test_adapters_are_told_apart_from_their_base(tmp_path, checkpoint, no_networ
     (tmp_path / "a" / "tokenizer.json").unlink()
     assert load_policy(tmp_path / "a").encode(Problem((1, 2), 3)) == load_policy(checkpoint).encode(Problem((1, 2), 3))
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"torn")
-    assert refused(tmp_path / "a").startswith("can't load the base model")
+    assert refused(tmp_path / "a").startswith(f"can't load '{tmp_path}/a': ")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     assert "the adapter has no weights" in refused(tmp_path / "a")
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_folder_stands_for_its_final_policy(tmp_path, checkpoint, monkeypatch, rank):
-    """Prevents an evaluation of another policy than the run's: not the base, not the checkpoint, relative paths too."""
+    """Prevents an evaluation of another policy than the run's: not the base, not the checkpoint. A relative name is
+    resolved: what is written into config.json or an adapter holds from any directory."""
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     policy = load_policy(checkpoint, lora_rank=rank)
     save_policy(policy, tmp_path / "run" / "policy")
     final = str(tmp_path / "run" / "policy")
     assert locate(tmp_path / "run") == locate(final) == (final, str(checkpoint) if rank else final)
     monkeypatch.chdir(tmp_path)
-    assert locate("run") == ("run/policy", str(checkpoint) if rank else "run/policy")
+    assert locate("run") == (final, str(checkpoint) if rank else final)
     assert load_policy("run").lora == bool(rank)
 
 

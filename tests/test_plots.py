@@ -134,11 +134,10 @@ def test_a_summary_has_a_row_a_method(folders):
         finish(folder, [16 * i, 8, 0, 8])
     header, _, row = tables.summary_table(folders).splitlines()
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
-    assert row.endswith("| 0.00 M | – | 4 | – |")
+    assert row.endswith("| 0.00 M | 4 | – |")
     config, rows = tables.load(folders[0])
-    recorded = {"cpu_seconds": 30, "decoded": 40_000}
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | recorded) + "\n" for row in rows))
-    cost = f"| 0.04 M | 4 | {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded them
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | {"cpu_seconds": 30}) + "\n" for row in rows))
+    cost = f"| {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded it
     assert tables.summary_table(folders).endswith(cost)
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
         tables.summary_table([*folders, folders[0]])
@@ -148,6 +147,22 @@ def test_a_summary_has_a_row_a_method(folders):
     finish(folders[1], [16, 8, 0, 8], selection="uct", lesson="steps")
     _, other = tables.summary_table(folders).splitlines()[2:]
     assert other.startswith("| mcts, selection uct, lesson steps | 1 | **50.0% [") and "| +25.0 [" in other
+
+
+def test_methods_are_compared_at_equal_tokens_of_both_counts(folders):
+    """Prevents a method that is charged for more tokens than it runs from looking worse than it is: the scores are read
+    where all have spent the same, between two evaluations."""
+    with pytest.raises(ValueError, match="a run has not recorded decoded tokens"):
+        tables.tokens_table(folders)
+    save(folders[1], preset_for("tiny", "cispo"))
+    for folder, decoded in zip(folders, (900, 500)):
+        rows = [{"step": i, "generated": 1_000 * i, "decoded": decoded * i, "prefilled": 0} for i in range(1, 5)]
+        scores = [row | {"eval_mean": 0.1 * row["step"]} for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    header, _, cispo, mcts = tables.tokens_table(folders).splitlines()
+    assert header.endswith("| validation at 0.00 M generated | validation at 0.00 M decoded |")
+    assert cispo == "| cispo | 1 | 0.00 M | 0.00 M | 2.00 | 0.00 M | **40.0%** | **40.0%** |"
+    assert mcts == "| mcts | 1 | 0.00 M | 0.00 M | 1.11 | 0.00 M | **40.0%** | **22.2%** |"  # at 2,000 decoded
 
 
 def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
@@ -160,7 +175,7 @@ def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
     save(folders[1], preset_for("tiny", "mcts").change(seed=1, lesson="steps"))
     _, row = tables.summary_table(folders).splitlines()[2:]
-    assert row == "| mcts, lesson steps | 1 collapsed |" + " – |" * 8
+    assert row == "| mcts, lesson steps | 1 collapsed |" + " – |" * 7
 
 
 def test_a_forest_shows_what_a_setting_changes(folders):

@@ -57,7 +57,7 @@ def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, ti
         logprobs = moved.logprobs(*states, 0.7)[0][0].detach()
         assert_close(torch.tensor(t.logprobs), logprobs, atol=1e-4, rtol=0)
     assert usage.generated >= 4 * 8 and usage.prefilled > 0 and usage.seconds > 0
-    assert info["tree_visits"] == 8 and 0 < info["tree_answers"] < 8
+    assert info["tree_visits"] == 8 and 0 < info["tree_answers"] < info["tree_nodes"]
     again, _, _ = collect_mcts(moved, TorchSampler(moved), problems, config, np.random.default_rng(0))
     assert [t.completion for t in again] == [t.completion for t in found]
 
@@ -115,7 +115,7 @@ def toy(monkeypatch):
 
 
 TIMES = {"seconds", "tokens_per_second", "sampler_seconds", "critic_seconds", "update_seconds", "cpu_seconds"}
-STEP = {"step", "generated", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
+STEP = {"step", "generated", "decoded", "prefilled", "valued", "trajectories", "reward", "correct", "parsed", "length"}
 STEP |= {"identical", "wrong_reward"}
 STEP |= {"policy_loss", "entropy", "ratio", "kl", "gradient_norm", *TIMES}
 STEP |= {"disagreement_mean", "disagreement_max", "micro_tokens"}

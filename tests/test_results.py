@@ -14,7 +14,7 @@ from runtime import cli, run_folder
 from runtime.evaluation import EVALUATIONS
 
 ROOT = Path(__file__).parents[1]
-COMMAND = r"python -m experiments\.plots (table|summary|overview|validation|scores) ([^>]+)"
+COMMAND = r"python -m experiments\.plots (table|summary|overview|tokens|validation|scores) ([^>]+)"
 TEXTS = (ROOT / "README.md").read_text() + (ROOT / "docs/results.md").read_text()
 BLOCKS = re.findall(rf"<!-- table: {COMMAND} -->\n(.*?)\n<!-- end -->", TEXTS, re.S)
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*"))

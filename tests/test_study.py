@@ -188,6 +188,7 @@ def test_every_command_is_a_configuration(stage, monkeypatch, tmp_path):
     assert len({name for name, _ in jobs}) == len(jobs) >= 5
     trainer = launch.Trainer(lambda config, *_: configs.append(config), None, None, None)
     monkeypatch.setattr(baselines, "Trainer", lambda *_: trainer)
+    monkeypatch.setattr(launch, "recorded", lambda config: config)  # SmolLM2 is not here
     for _, command in jobs:
         program, *options = [*command.split(), "--preset", "tiny"]
         if program == "ppo.py":
