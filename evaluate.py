@@ -10,6 +10,8 @@ secret, so a deployed solver has it too. Inside a tree every wrong answer counts
 miss would attract all visits.
 """
 
+import runtime.threads
+
 import json
 import sys
 from collections.abc import Iterator

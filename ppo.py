@@ -190,6 +190,7 @@ def batch_loss(policy: Policy, batch: "TrainingBatch", learning: LearningConfig)
           + (V(s_t) - returns_t)^2                                                           of the critic
 
     each averaged over tokens; ratio = pi / pi_old, D = log pi_ref - log pi. With loss "ppo" the first term is PPO's.
+    pi_old is the policy, also where answers are drawn distinct: the ratio does not correct for how they are drawn.
     """
     mask = batch.sequences.completion  # [B, T]
     loss, metrics = 0.0, {}
@@ -304,9 +305,8 @@ def make_batch(
     policy_lengths: list[int],
     critic_lengths: list[int],
 ) -> TrainingBatch:
-    """The targets of a micro-batch: advantages, returns, old and reference log-probabilities. They come from the
-    weights as they are before the training step's first update, and serve all its inner steps. The lengths are those
-    of all answers of the training step that teach the policy, and the critic."""
+    """The targets of a micro-batch, from the weights before the training step's first update; they serve all its inner
+    steps. The lengths are those of all the step's answers that teach the policy, and the critic."""
     batch = policy.batch([t.prompt for t in group], [t.completion for t in group])
     mask = batch.completion  # [B, T]
     by_critic = group[0].advantages is None

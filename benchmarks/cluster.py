@@ -10,6 +10,8 @@ bytes are counted from the shapes of Qwen2.5-1.5B and 7B; rates of `put` and cop
 are nominal.
 """
 
+import runtime.threads
+
 import heapq
 import json
 import random

@@ -5,6 +5,8 @@
 Seconds are the process's own on the CPU, so that other programs hardly matter.
 """
 
+import runtime.threads
+
 import json
 import random
 from dataclasses import asdict, dataclass

@@ -8,6 +8,8 @@ time.perf_counter. The number of tokens that a score takes is read from the logs
 and those of stage compare.
 """
 
+import runtime.threads
+
 import json
 import math
 import os

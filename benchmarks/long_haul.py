@@ -6,6 +6,8 @@ The steps are small but complete: search, update, metrics, with evaluations, che
 only: it reads /proc. The first tenth is warm-up; after it the resident size must stay within 5 % of its first value.
 """
 
+import runtime.threads
+
 import os
 import time
 from dataclasses import dataclass, replace

@@ -9,6 +9,8 @@ kernel, which keeps what the GPU's memory-efficient one keeps; AdamW is set to i
 run on fake tensors: the NF4 row adds up the weights of a small real model.
 """
 
+import runtime.threads
+
 import tempfile
 import weakref
 from collections.abc import Iterator

@@ -14,6 +14,8 @@ two times: the bytes of all weights and of every sequence's keys and values at t
 products with the weights at the rate of a large product, both measured here.
 """
 
+import runtime.threads
+
 import json
 import math
 import shutil

@@ -6,6 +6,8 @@ The tests use thin ones with `lessons` above 0: a few seconds of training on wri
 occur. The vocabulary is padded beyond the tokenizer, as Qwen2.5's is (151,936 against 151,665).
 """
 
+import runtime.threads
+
 import random
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,6 +6,8 @@ K = 8 and uniform priors, so that no tree is searched out: how many simulations 
 Seconds are the process's own on the CPU, with one thread; the prompts' one prefill is part of the first wave.
 """
 
+import runtime.threads
+
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -5,6 +5,8 @@
 The time that no operator takes is counted as Python's.
 """
 
+import runtime.threads
+
 import json
 import time
 from dataclasses import asdict, dataclass

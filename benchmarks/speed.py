@@ -9,6 +9,8 @@ own, before the others. The floor of sampling is arithmetic: the products with t
 at the rate that this machine reaches on products of that shape. Attention, norms, draws and Python come on top of it.
 """
 
+import runtime.threads
+
 import json
 import os
 import subprocess

@@ -9,6 +9,8 @@ took. The first step's gradient is left in FOLDER/SIDE.safetensors. Learning rat
 every step does the same work.
 """
 
+import runtime.threads
+
 import json
 import sys
 import time

@@ -8,6 +8,8 @@ memory is what it takes beyond the loaded model: gradients, optimiser, activatio
 micro-batches, no gradient checkpointing, and fp32 as here. Neither side has a KL term.
 """
 
+import runtime.threads
+
 import json
 import random
 import subprocess

@@ -7,6 +7,8 @@ Each samples in turn with the same seeds. The table has its tokens a CPU second 
 that equal those of plain fp32 to the last token, and the distance of its log-probabilities from the fp32 trainer's.
 """
 
+import runtime.threads
+
 import json
 import time
 from dataclasses import asdict, dataclass

@@ -5,6 +5,8 @@
 Prompts and completions are token ids, without log-probabilities. All prompts of a size are submitted at once.
 """
 
+import runtime.threads
+
 import json
 import os
 import sys

@@ -11,10 +11,15 @@ is in reach. In a search a right answer is worth 1 and any other -1.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python experiments/oracle.py`
+
+import runtime.threads
 
 import numpy as np
 import tyro

@@ -15,10 +15,15 @@
 """
 
 import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import count, cycle
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python experiments/plots.py`
+
+import runtime.threads
 
 import numpy as np
 import tyro

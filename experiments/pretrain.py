@@ -14,10 +14,15 @@ the target, and miscalculates to get there (measured: docs/LOG.md).
 
 import json
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python experiments/pretrain.py`
+
+import runtime.threads
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

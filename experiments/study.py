@@ -28,6 +28,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python experiments/study.py`
+
+import runtime.threads
+
 import tyro
 
 import evaluate

@@ -1,5 +1,7 @@
 """The command line: options become settings, and what is wrong with them is told in one line, before any long work."""
 
+import runtime.threads
+
 import inspect
 import io
 import os

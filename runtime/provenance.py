@@ -42,6 +42,7 @@ def provenance() -> dict[str, str]:
     machine = f"{os.cpu_count()} cores, {processor()}"
     found = {"python": platform.python_version(), "machine": machine} | versions()
     found["threads"] = os.environ.get("OMP_NUM_THREADS", "all")
+    found["waiting"] = os.environ.get("OMP_WAIT_POLICY") or "default"  # of threads without work
     git = ["git", "-C", str(KIT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

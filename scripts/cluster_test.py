@@ -22,6 +22,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/cluster_test.py`
+
+import runtime.threads
+
 import numpy as np
 
 from config import check

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/crash_test.py`
+
+import runtime.threads
+
 import torch
 
 import ppo

@@ -7,9 +7,14 @@ Weights are written in bfloat16: such models are published in it, and vLLM compu
 (rms) is 1.6 % of the error that the file's 4 bits have. `load_policy` reads the weights as fp32 for training.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/from_gguf.py`
+
+import runtime.threads
 
 import torch
 import tyro

@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/make_data.py`
 
+import runtime.threads
+
 import numpy as np
 
 from config import check, check_choices

@@ -11,8 +11,13 @@ from here gives all methods the same start, and says so. Until the end the newes
 in FOLDER.part.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/warm_up.py`
+
+import runtime.threads
 
 import torch
 import tyro
