@@ -71,8 +71,6 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
         tree_files.dump(trees[: config.distill.dump_trees], policy, config.search, file)
     statistics = [tree.statistics() for tree in trees]
     metrics = {f"tree_{name}": float(np.mean([row[name] for row in statistics])) for name in statistics[0]}
-    if not metrics["tree_answers"]:
-        tqdm.write("warning: no tree of this step has an answer to teach: try more --simulations")
     return trajectories, usage, metrics
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 MAX_KL = 5.0  # nats a token from the reference, above which a step is bad
 PATIENCE = 5  # bad steps in a row after which a run is stopped
+IDLE = 100  # steps in a row without a lesson for the policy, likewise; no run that learnt has had a tenth of them
 
 
 class Stopped(Exception):
@@ -20,18 +21,26 @@ class Guard:
     """A step is bad if its KL divergence is above `max_kl`, or if less than a fifth of its answers have the format
     although most of an earlier step's had it. `patience` bad steps in a row stop the run.
 
+    So do `idle` steps in a row that teach the policy nothing: no answer was right, or no group had unequal rewards.
+
     One bad step may be an outlier: the estimate of the divergence is an exponential of the log-ratio. A step that
     taught the policy nothing has no KL. Unless its format is bad, it neither adds to a row of bad steps nor ends it.
     """
 
     max_kl: float = MAX_KL
     patience: int = PATIENCE
+    idle: int = IDLE
     knew_format: bool = False  # most answers of some step had the format
     bad_steps: int = 0  # in a row
+    idle_steps: int = 0  # in a row
     measured_kl: bool = False  # some step had a KL
 
     def check(self, row: dict) -> str:
         """Take one step's row of metrics; why the run should stop after it, or nothing."""
+        if "trajectories" in row:
+            self.idle_steps = 0 if "policy_loss" in row else self.idle_steps + 1
+        if self.idle_steps >= self.idle:
+            return f"{self.idle_steps} steps in a row have taught the policy nothing"
         if "parsed" not in row:  # no answers, or no step
             return ""
         self.knew_format |= row["parsed"] > 0.5

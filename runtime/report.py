@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, flatten, preset_for
+from config import GROUP_METHODS, Config, flatten, preset_for
 from runtime.evaluation import TreeEvaluation
 from runtime.scores import Score
 from sampling import Progress, Trajectory, Usage
@@ -54,6 +54,14 @@ def costs(usage: Usage, update_seconds: float, device: str) -> dict[str, float]:
         row["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
     return row
+
+
+def idle(steps: int, method: str) -> str:
+    """The warning after some steps in a row that have taught the policy nothing."""
+    which = "this step has" if steps == 1 else f"the last {steps} steps have"
+    unequal = "a group with unequal rewards" if method in GROUP_METHODS else "a right answer"
+    more = {"mcts": "--simulations or --children", "none": "--problems"}.get(method, "--samples, or --reward dense")
+    return f"warning: {which} taught the policy nothing, for want of {unequal}: try more {more}"
 
 
 def bar(method: str, share: float) -> tqdm:

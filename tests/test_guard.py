@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.guard import Guard
+from runtime.guard import IDLE, Guard
 from runtime.run_folder import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -17,6 +17,8 @@ def test_of_the_published_runs_those_that_collapsed_are_stopped(run):
     stopped = next((row["step"] for row in found if guard.check(row)), None)
     if "stopped" in found[-1]:  # by the guard of its day
         assert stopped and stopped <= found[-1]["step"]
+    elif not any("policy_loss" in row for row in found):  # four simulations: no tree has had an answer
+        assert stopped == IDLE
     else:
         kept = [row["eval_parsed"] for row in found if "eval_parsed" in row][-1]  # answers in the format
         assert bool(stopped) == (kept < 0.5)
@@ -50,6 +52,16 @@ def test_a_run_stops_after_three_bad_steps_in_a_row(steps, stopped):
     """Prevents a stop for one outlier, for a format that was never known, or never."""
     guard = Guard(max_kl=5.0, patience=3)
     assert next((i for i, row in enumerate(steps) if guard.check(row)), None) == stopped
+
+
+def test_a_run_that_learns_nothing_is_stopped():
+    """Prevents a budget that is spent on steps whose answers are all wrong, or whose groups are all alike; and a stop
+    of a run that has a lesson now and then, or that has just been tested."""
+    lesson, none = {"trajectories": 4, "parsed": 1.0, "policy_loss": 0.1}, {"trajectories": 4, "parsed": 1.0}
+    empty, test = {"trajectories": 0}, {"test_parsed": 1.0}
+    guard = Guard(idle=3)
+    assert [guard.check(row) for row in (none, empty, lesson, none, test, empty)] == [""] * 6
+    assert guard.check(none) == "3 steps in a row have taught the policy nothing"
 
 
 def test_the_reason_is_told():

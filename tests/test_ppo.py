@@ -7,6 +7,7 @@ import random
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,14 +63,33 @@ def test_search_hands_over_graded_trajectories_of_the_policy(moved, problems, ti
     assert [t.completion for t in again] == [t.completion for t in found]
 
 
-def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, tiny_config, capsys):
-    """Prevents training on a path that ends before its answer, a crash where no tree has one, and a budget spent
-    on such trees without a word."""
+def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, tiny_config):
+    """Prevents training on a path that ends before its answer, and a crash where no tree has one."""
     sampler = fake_sampler(lambda prefix: [([40, 6], 1.0, "step")])
     config = tiny_config(tree=TreeConfig(simulations=2))
     found, usage, info = collect_mcts(policy, sampler, problems, config, np.random.default_rng(0))
     assert found == [] and usage.generated > 0 and info["tree_answers"] == 0
-    assert "no tree of this step has an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, advice", [
+    ("mcts", "a right answer: try more --simulations or --children"),
+    ("none", "a right answer: try more --problems"),
+    ("best-of-n", "a right answer: try more --samples, or --reward dense"),
+    ("grpo", "a group with unequal rewards: try more --samples, or --reward dense"),
+    ("cispo", "a group with unequal rewards: try more --samples, or --reward dense"),
+])  # fmt: skip
+def test_steps_that_teach_nothing_are_told_and_end_a_run(tiny_config, monkeypatch, capsys, method, advice):
+    """Prevents a budget that is spent on answers that are all wrong without a word."""
+    monkeypatch.setattr(Policy, "grade", lambda *_, **__: Reward(-1.0, False, False, "wrong"))
+    monkeypatch.setattr(session, "IDLE", 12)
+    monkeypatch.setattr(session, "Guard", partial(guard.Guard, idle=12))
+    config = tiny_config(method, tokens=0, steps=40, problems=2, failures=False, evaluations=0)
+    with pytest.raises(guard.Stopped, match="step 12: 12 steps in a row have taught the policy nothing"):
+        train(config, COLLECTORS[method])
+    said = capsys.readouterr().out
+    assert f"warning: this step has taught the policy nothing, for want of {advice}" in said
+    assert "the last 10 steps have" in said and "the last 12 steps have" in said
+    assert read_metrics(config.folder)[-1]["stopped"].startswith("12 steps in a row")
 
 
 def test_plain_sampling_is_one_whole_completion_a_problem(moved, problems, tiny_config):
