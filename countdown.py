@@ -276,7 +276,8 @@ class Refused(Exception):
 def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     """Grade a completion (the prompt is never looked at). Takes under 1 ms for any input.
 
-    A completion of at most 50,000 characters has an answer if </answer> follows <answer>. It keeps the rules if there
+    Of a completion of at most 50,000 characters, what follows the last </think> is read: a model may draft answers
+    before it. It has an answer if </answer> follows <answer>. It keeps the rules if there
     is exactly one of each, and between them an expression of at most 200 characters: the given numbers (each at most
     once, in plain digits), + - * /, parentheses, blanks, tabs and newlines. With strict=True every intermediate result
     must be a positive integer, as the prompt asks; strict=False allows any rational (the post).
@@ -286,6 +287,7 @@ def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     """
     if len(completion) > MAX_COMPLETION:
         return Reward(-1.0, False, False, "too long")
+    completion = completion.rpartition("</think>")[2]
     start = completion.find("<answer>")
     end = completion.find("</answer>", start)
     if start < 0 or end < 0:

@@ -10,12 +10,14 @@ left out), fp32 trainable weights where the post has bf16, and the value loss do
 """
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from countdown import Problem, Reward, prompt, verify
@@ -65,9 +67,52 @@ def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
 
 
 def encode(tokenizer, problem: Problem) -> list[int]:
-    """The prompt's token ids, up to where the assistant speaks."""
-    text = tokenizer.apply_chat_template(prompt(problem), tokenize=False, add_generation_prompt=True)
+    """The prompt's token ids, up to where the assistant speaks. ValueError where the chat template or the tokenizer
+    would leave out rules or numbers."""
+    rules, numbers = (message["content"] for message in prompt(problem))
+    if not can_spell(tokenizer, numbers):
+        raise ValueError(f"its tokenizer has no tokens for {numbers!r}")
+    text = chat_text(tokenizer, rules if can_spell(tokenizer, rules) else "", numbers)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def can_spell(tokenizer, text: str) -> bool:
+    """Whether a tokenizer has tokens for a text. The embedded policy's has none for the rules, which it knows."""
+    return tokenizer.unk_token_id not in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def chat_text(tokenizer, rules: str, numbers: str) -> str:
+    """The prompt in the first form that the chat template writes in full: the rules as system text or, for models
+    without it, before the numbers; as text, or as parts."""
+    apart, together = [("system", rules), ("user", numbers)], [("user", f"{rules}\n\n{numbers}")]
+    failure: Exception = ValueError("its chat template leaves out the rules or the numbers of the problem")
+    for turns, in_parts in product((apart, together), (False, True)):
+        messages = [{"role": role, "content": content(text, in_parts)} for role, text in turns]
+        try:
+            written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template's own
+            failure = error
+            continue
+        if rules in written and numbers in written:
+            return written
+    raise failure
+
+
+def content(text: str, in_parts: bool) -> str | list[dict[str, str]]:
+    """A message's content, as text or as parts."""
+    return [{"type": "text", "text": text}] if in_parts else text
+
+
+def turn_end(tokenizer) -> int | None:
+    """The special token that the chat template writes after an answer. None if it writes none."""
+    for in_parts in (False, True):
+        messages = [{"role": role, "content": content(role, in_parts)} for role in ("user", "assistant")]
+        with suppress(Exception):  # a template's own
+            _, answer, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("assistant")
+            first = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1]
+            if answer and first and first[0] in tokenizer.added_tokens_decoder:
+                return first[0]
+    return None
 
 
 class Policy(nn.Module):
@@ -83,6 +128,13 @@ class Policy(nn.Module):
         self.reference = copy.deepcopy(lm).requires_grad_(False) if train and not lora else None
         self.version = 0
         self.value_head.to(lm.device)
+        stops = self.base.generation_config.eos_token_id
+        stops = {tokenizer.eos_token_id, turn_end(tokenizer), *(stops if isinstance(stops, list) else [stops])}
+        self.stop_ids = stops - {None}  # the tokens that end a completion
+        # nothing else of it is read here, and transformers does not save every one that it loads
+        self.base.generation_config = GenerationConfig(
+            eos_token_id=[*self.stop_ids], pad_token_id=tokenizer.pad_token_id
+        )
 
     @property
     def device(self) -> torch.device:
@@ -92,12 +144,6 @@ class Policy(nn.Module):
     def base(self) -> nn.Module:
         """The transformers model inside, without PEFT's wrapping; an adapter still acts in its layers."""
         return self.lm.get_base_model() if self.lora else self.lm
-
-    @property
-    def stop_ids(self) -> set[int]:
-        """The tokens that end a completion."""
-        stops = self.lm.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
     def encode(self, problem: Problem) -> list[int]:
         return encode(self.tokenizer, problem)

@@ -30,7 +30,8 @@ ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 def judge(completion: str, problem: Problem, strict: bool = True) -> tuple[float, bool, bool]:
     """What a completion deserves: dense reward, whether it is correct, whether it keeps the rules."""
-    if len(completion) > 50_000 or "</answer>" not in completion.partition("<answer>")[2]:
+    completion, size = completion.split("</think>")[-1], len(completion)
+    if size > 50_000 or "</answer>" not in completion.partition("<answer>")[2]:
         return -1.0, False, False
     _, *parts = re.split("(</?answer>)", completion)  # tag, text, tag, text …
     one = parts[::2] == ["<answer>", "</answer>"]
@@ -207,7 +208,19 @@ def long(rng):
 def tags(rng):
     """Up to thousands of tags and near tags, alone or around a right answer."""
     completion, problem = right(rng)
-    near = ["<answer", "answer>", "</answer", "< answer>", "<ANSWER>", "<answer/>", "<step>", "</", "<"]
+    near = [
+        "<answer",
+        "answer>",
+        "</answer",
+        "< answer>",
+        "<ANSWER>",
+        "<answer/>",
+        "<step>",
+        "</",
+        "<",
+        "<think>",
+        "</think>",
+    ]
     block = "".join(rng.choices(near + rng.choice(([], ["<answer>", "</answer>"])), k=rng.randint(1, 8)))
     block *= int(10 ** rng.uniform(0, 4))
     shapes = (block, block + completion, completion + block, answer(block))

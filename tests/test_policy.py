@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import policy as module
-from policy import ValueHead, chunked_logprobs, group_by_length, left_pad
+from policy import Policy, ValueHead, chunked_logprobs, group_by_length, left_pad
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from runtime.weights import load_weights, save_policy
@@ -289,7 +289,7 @@ def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(pol
 def test_all_stop_tokens_count(policy, stops, expected):
     """Prevents completions of Qwen's instruct models, which have two stop tokens, from running on."""
     policy.lm.generation_config.eos_token_id = stops
-    assert policy.stop_ids == expected
+    assert Policy(policy.lm, policy.tokenizer, lora=False, train=False).stop_ids == expected
 
 
 # ------------------------------------------------------------------------------------------------ files
