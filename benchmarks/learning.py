@@ -61,7 +61,9 @@ def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     recipe = "" if kit == KIT else FIRST[method]
     args = f"{METHODS[method]} {recipe} {SHARED} --train-problems 2000 --tokens {bench.tokens} --out {folder}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         raise ValueError(f"{method} in {kit} ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
     rows = read_metrics(folder)

@@ -38,7 +38,7 @@ class LongHaul:
 
 def resident() -> float:
     """Memory of this process in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def watch(collect: Collect, every: int, rows: list[tuple[float, int]]) -> Collect:

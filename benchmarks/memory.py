@@ -87,18 +87,18 @@ def bare(shape: Shape) -> str:
 def counted(config: Config) -> Iterator[tuple[Policy, Count]]:
     """A policy of fake tensors, made by `load_policy`, and the count of its bytes."""
 
-    def blank(base, dtype, **_):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype), {"missing_keys": []}
+    def blank(base, kind, dtype, **_):
+        return kind.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
 
     def copied(lm):  # deepcopy mixes fake modes
-        return blank(config.model, lm.dtype)[0]
+        return blank(config.model, AutoModelForCausalLM, lm.dtype)
 
     def stay(module, *_, **__):  # a fake module can't be moved, and is where it should be
         return module
 
     with FakeTensorMode(), Count() as count:
         with (
-            patch.object(AutoModelForCausalLM, "from_pretrained", blank),
+            patch("runtime.loading.read_model", blank),
             patch("policy.copy", SimpleNamespace(deepcopy=copied)),
             patch("runtime.loading.check_policy"),  # fake tensors have no values
             patch.object(PreTrainedModel, "to", stay),

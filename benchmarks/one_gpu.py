@@ -128,7 +128,9 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     args += ["--failures"]  # random weights have no right answers to learn from
     program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
-    done = subprocess.run([sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         return row | {"error": (done.stderr.strip() or "no message").splitlines()[-1]}
     steps = [step for step in read_metrics(folder) if "update_seconds" in step][1:]

@@ -141,7 +141,7 @@ def measure_vllm(bench: Bench) -> dict[str, float]:
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         print(f"vLLM: ended with code {done.returncode} ({done.stderr.strip()[-200:]}): skipped")
         return {}

@@ -33,13 +33,15 @@ def say(**numbers: float) -> None:
 
 def memory(name: str) -> int:
     """A line of /proc/self/status in bytes: VmRSS, what is resident, or VmHWM, the most that was."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
 def ready() -> int:
     """Say that the model is loaded, and start a new count of VmHWM. Returns the bytes that are resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     say(ready=1)
     return memory("VmRSS")
 
@@ -139,7 +141,7 @@ def right_pad(rows: list[list[float]]) -> torch.Tensor:
 
 def main() -> None:
     side, folder, size = sys.argv[1:]
-    batch = json.loads((Path(folder) / "batch.json").read_text())
+    batch = json.loads((Path(folder) / "batch.json").read_text(encoding="utf-8"))
     torch.set_num_threads(batch["threads"])
     {"kit": kit, "trl": trl}[side](Path(folder), batch, int(size))
 

@@ -123,7 +123,9 @@ class Side:
 
     def __init__(self, *args: str):
         command = [sys.executable, "-m", "benchmarks.steps", *args]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         self.seconds: list[float] = []
         self.read("ready")
 
@@ -150,7 +152,7 @@ class Side:
 def measure(model: str, bench: Bench, folder: Path) -> dict:
     """The kit beside TRL with each size of micro-batch, in turn."""
     batch = tiny_batch() if model == "tiny" else wide_batch(folder, bench.wide_rows)
-    (folder / "batch.json").write_text(json.dumps(batch | {"threads": bench.threads}))
+    (folder / "batch.json").write_text(json.dumps(batch | {"threads": bench.threads}), encoding="utf-8")
     count = len(batch["prompts"])
     names = [f"kit {size}" for size in bench.kit]
     if find_spec("trl"):

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "assets" / "explorer.html"
 def read(file: Path) -> list[dict]:
     """The trees that `runtime.trees.dump` wrote. ValueError for another file."""
     try:
-        trees = json.loads(file.read_text())
+        trees = json.loads(file.read_text(encoding="utf-8"))
         if not trees or not all("root" in tree and "problem" in tree for tree in trees):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
@@ -27,4 +27,4 @@ def read(file: Path) -> list[dict]:
 def render(trees: list[dict]) -> str:
     """The HTML page of trees, each as `runtime.trees.tree_to_dict` makes it."""
     data = json.dumps(trees).replace("<", "\\u003c")  # so that no text ends the script element
-    return PAGE.read_text().replace("__TREES__", data)
+    return PAGE.read_text(encoding="utf-8").replace("__TREES__", data)

@@ -253,7 +253,7 @@ def pretrain(config: PretrainConfig) -> None:
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     (config.out / "pretrain.json").write_text(
-        json.dumps(asdict(config) | {"seconds": time.time() - began}, default=str)
+        json.dumps(asdict(config) | {"seconds": time.time() - began}, default=str), encoding="utf-8"
     )
 
 

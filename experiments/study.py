@@ -259,7 +259,11 @@ def call(command: list[str], config: StudyConfig) -> None:
     collapsed, is no failure."""
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
     process = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": threads},
     )
     if process.returncode not in (0, 3):
         raise RuntimeError((process.stderr.strip() or "no message").splitlines()[-1])
@@ -270,7 +274,7 @@ def measure(name: str, command: str, config: StudyConfig) -> None:
     file, result = Path("runs") / config.stage / f"{name}.json", config.out / config.stage / f"{name}.json"
     if not result.exists():
         call([*command.split(), "--out", str(file)], config)
-        write(result, file.read_text())
+        write(result, file.read_text(encoding="utf-8"))
 
 
 def run(name: str, command: str, config: StudyConfig) -> None:

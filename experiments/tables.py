@@ -180,7 +180,7 @@ def pass_at(shares: np.ndarray, samples: int) -> np.ndarray:
 def settings_of_test(group: list[Logs]) -> list:
     """What the test problems of a group of runs depend on."""
     settings = result_settings(group[0][0])
-    return [settings[key] for key in ("split", "size", "test_problems", "eval_temperature")]
+    return [settings[key] for key in ("data", "split", "size", "test_problems", "eval_temperature")]
 
 
 def matching_search(name: str, groups: dict[str, list[Logs]]) -> list[Logs] | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from config import METHODS, PRESETS, Config, flatten, preset_for
+from runtime.data import are_those_of
 from runtime.files import check_writable
 from runtime.guard import Stopped
 from runtime.provenance import versions
@@ -31,6 +32,7 @@ SHORT_HELP = {  # the settings that a student changes
     "model": "Hugging Face name or folder",
     "seed": "of all random draws",
     "out": "run folder (default: runs/METHOD-PRESET-seedN)",
+    "data": "problems of your own: a file, or a folder of train, validation and test",
     "tokens": "budget of generated tokens",
     "problems": "problems a training step",
     "simulations": "visits of a tree",
@@ -60,6 +62,7 @@ MESSAGES = (
 
 def command(main: Callable[[], None]) -> None:
     """Run a program: expected errors become one line, Ctrl-C exits with 130, a stopped run with 3."""
+    print_anywhere()
     try:
         main()
     except OSError as error:
@@ -70,6 +73,13 @@ def command(main: Callable[[], None]) -> None:
         fail(str(reason), 3)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def print_anywhere() -> None:
+    """Let a terminal or a pipe whose encoding lacks a character show a question mark, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not a notebook's
+            stream.reconfigure(errors="replace")
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -213,6 +223,8 @@ def resumed(args: list[str]) -> Config:
         fail(f"{folder} is a run of {default.method}: --resume goes on with it, not with another method")
     config = read_training_config(options, default) if options else default
     problems += differences(asdict(default), asdict(config))
+    if (path := config.task.data) and not are_those_of(path, folder):
+        problems.append(f"{path} does not hold the problems that the run began with")
     if problems and "--force" not in args:
         fail(f"{folder} has other settings ({'; '.join(problems)}): --force goes on all the same")
     return replace(config, out=folder)
@@ -248,15 +260,16 @@ def type_of_topic(field) -> type | None:
 
 
 def result_settings(saved: dict) -> dict:
-    """The settings in a config.json that decide a run's result, by their names alone. A model is known by its name,
-    wherever its folder lies."""
+    """The settings in a config.json that decide a run's result, by their names alone. A model and data are known by
+    their names, wherever they lie."""
     flat = {}
     for name, value in saved.items():
         flat |= result_settings(value) if isinstance(value, dict) else {name: value}
     if saved.get("cluster") == "none":
         flat["max_staleness"] = 0
-    if "model" in flat:
-        flat["model"] = Path(flat["model"]).name
+    for name in ("model", "data"):
+        if flat.get(name):
+            flat[name] = Path(flat[name]).name
     return {name: value for name, value in flat.items() if name not in INCIDENTAL}
 
 
@@ -279,6 +292,7 @@ def answer_help(about: str, method: str) -> None:
     args = normalized(sys.argv[1:])
     if not {"-h", "--help", "--help-all"} & set(args):
         return
+    print_anywhere()
     method, preset = given(args, "--method", method), given(args, "--preset", "tiny")
     config = preset_for(preset if preset in PRESETS else "tiny", method if method in METHODS else "mcts")
     try:

@@ -33,6 +33,7 @@ from config import Config
 from countdown import Problem, draw
 from policy import Policy
 from runtime import memory, ranks
+from runtime.data import longest
 from runtime.loading import load_policy, pick_device
 from runtime.provenance import identity
 from runtime.run_folder import read_metrics
@@ -123,12 +124,12 @@ def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
 class Generator:
     """In a Ray actor: policy, critic and sampler. New weights come before a shard, never within one."""
 
-    def load(self, config: Config, collect: Collect) -> dict[str, str]:
-        """Load the model; returns the versions and the code that this process runs."""
+    def load(self, config: Config, collect: Collect, own: list[Problem]) -> dict[str, str]:
+        """Load the model; returns the versions and the code that this process runs. `own`: as for `memory.plan`."""
         machine, device = config.machine, pick_device(config.machine.device)
         policy = load_policy(config.model, machine.lora_rank, device, machine.dtype, machine.quantize, train=False)
         policy.version = -1  # the trainer's weights come with the first shard
-        self.sampler = make_sampler(memory.plan(config, device), policy, config.seed)
+        self.sampler = make_sampler(memory.plan(config, device, own), policy, config.seed)
         self.config, self.collector, self.policy = config, collect, policy
         return identity()
 
@@ -197,6 +198,7 @@ class Cluster:
         resources = dict(num_cpus=1, num_gpus=int(pick_device(config.machine.device) == "cuda"))
         self.actor_class = self.ray.remote(Generator).options(**resources, max_restarts=0, max_task_retries=0)
         self.train_problems = splits(config)["train"]
+        self.own = longest(self.train_problems) if config.task.data else []
         self.weights: tuple = ()  # the newest version, and where its weights are
         self.next_step = 0  # the first step whose shards are not in the queue yet
         self.waiting: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
@@ -271,7 +273,7 @@ class Cluster:
             shard, failed = None, failed + 1
             actor = self.actors[number] = self.actor_class.remote()
             try:
-                if (theirs := self.call(actor, "load", self.config, self.collector)) != (ours := identity()):
+                if (theirs := self.call(actor, "load", self.config, self.collector, self.own)) != (ours := identity()):
                     raise ValueError(f"a generator runs {theirs}, the trainer {ours}: install the same everywhere")
                 failed = 0
                 while (shard := self.waiting.get()).problems and not self.closing:

@@ -1,6 +1,5 @@
 """From evaluate.py's command line to a policy, a sampler and problems."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import tyro
 from config import TINY, SearchConfig, TaskConfig, TreeConfig, check, check_choices
 from countdown import Problem, check_game, make_problems
 from policy import Policy, encode
+from runtime import data
 from runtime.cli import fail, given, normalized, option_names, read_config, restore
 from runtime.files import check_writable
 from runtime.loading import load_policy, locate, pick_device, read_model_config, read_tokenizer
@@ -24,7 +24,7 @@ class Evaluation:
 
     model: tyro.conf.Positional[str] = TINY  # a run folder, a policy's folder or a Hugging Face name
     method: str = "none"  # none (the policy alone), mcts, best-of-n; --search is the same
-    data: Path | None = None  # JSONL problems, all of them; default: the test split
+    data: Path | None = None  # a file of problems, all of them; a folder's test; default: the test split
     problems: int = 820  # of the test split
     skip: int = 0  # before them; problems after the first 820 have decided nothing yet
     size: int = 4  # numbers in a problem of the test split
@@ -126,11 +126,7 @@ def parse(args: list[str]) -> Evaluation:
 
 def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
     """What an evaluation works with. ValueError, before weights are loaded, for what can't be evaluated."""
-    check_run(config)
-    if config.data:
-        problems = read_problems(config.data)
-    else:
-        problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
+    problems = choose_problems(config)
     device = pick_device(config.device)
     engine = pick_sampler(config, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
@@ -142,13 +138,42 @@ def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
     return policy, make_sampler(plan, policy, config.seed), problems
 
 
-def check_run(config: Evaluation) -> None:
-    """ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
-    folders = Path(config.model), Path(config.model).parent  # RUN/best and the like too
-    run = next((folder for folder in folders if log_of(folder)), None)
-    if run is None:
-        return
-    task, _ = restore(TaskConfig, read_settings(run).get("task", {}), run)
+def choose_problems(config: Evaluation) -> list[Problem]:
+    """The problems of an evaluation: those of --data; of a run that had --data, its test; else the game's test.
+    ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
+    run = run_of(config.model)
+    task = restore(TaskConfig, read_settings(run).get("task", {}), run)[0] if run else None
+    own = task.data if task else None  # what the run was trained with
+    if task:
+        check_task(config, task)
+    if own and data.are_those_of(config.data or own, run):
+        test = data.read_splits(config.data or own)["test"]
+        problems = test[config.skip : config.skip + config.problems]
+        if not problems:
+            raise ValueError(f"{own} has {len(test)} test problems: pass a smaller --skip")
+        remarks = [f"{len(problems):,} of {len(test):,} test problems of {own}, which {run} was trained with"]
+    elif config.data:
+        problems = data.read_test(config.data)
+        remarks = data.remarks({"test": problems}, config.model)
+        if own and own.exists():
+            remarks += data.leak("test", problems, data.read_splits(own)["train"])
+    elif own:
+        raise ValueError(f"{own} has changed since {run} was trained with it: pass --data with other problems")
+    else:
+        problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
+        remarks = data.unfamiliar(problems, config.model)
+    for line in remarks:
+        print(line)
+    return problems
+
+
+def run_of(model: str) -> Path | None:
+    """The folder of the run that a model is, or is part of, as RUN/best is; None for another model."""
+    return next((folder for folder in (Path(model), Path(model).parent) if log_of(folder)), None)
+
+
+def check_task(config: Evaluation, task: TaskConfig) -> None:
+    """ValueError for an evaluation that does not fit the game that a run has learnt."""
     if task.split == "post" and not config.data:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
     if task.max_tokens > config.max_tokens:
@@ -156,21 +181,5 @@ def check_run(config: Evaluation) -> None:
             f"{config.model} has learnt answers of up to {task.max_tokens} tokens: pass --max-tokens {task.max_tokens}"
         )
     if task.size != config.size and not config.data:
-        raise ValueError(f"{config.model} has learnt the game with {task.size} numbers: pass --size {task.size}")
-
-
-def read_problems(path: str | Path) -> list[Problem]:
-    """Problems from a JSONL file with "numbers" and "target"; ValueError names the first bad line."""
-    problems = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            problem = Problem(tuple(row["numbers"]), row["target"])
-            if not problem.numbers or not all(type(n) is int and n > 0 for n in (*problem.numbers, problem.target)):
-                raise ValueError("numbers and target must be positive integers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a problem ({error})") from None
-        problems.append(problem)
-    if not problems:
-        raise ValueError(f"{path} is empty: it holds no problem")
-    return problems
+        cure = "leave out --size" if task.data else f"pass --size {task.size}"
+        raise ValueError(f"{config.model} has learnt {task.data or f'the game with {task.size} numbers'}: {cure}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from textwrap import shorten
 
 from safetensors import SafetensorError
 
@@ -38,7 +39,7 @@ def check_new(folder: Path) -> None:
 def read_json(file: Path) -> dict:
     """The JSON object in a file. ValueError, which names the file, if there is none in it."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -69,7 +70,7 @@ def writing(path: Path) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError too; torch is not imported here
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OSError(f"{path} can't be written ({reason.splitlines()[0]}); the last checkpoint is kept") from error
+        raise OSError(f"{path} can't be written ({shorten(reason, 400)}); the last checkpoint is kept") from error
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
@@ -80,7 +81,7 @@ def writing(path: Path) -> Iterator[None]:
 def seal(folder: Path) -> None:
     """Write the checksums of a folder's files into it, and force all files to the disk."""
     lines = sums(folder)
-    (folder / SUMS).write_text("\n".join([*lines, last_line(lines)]) + "\n")
+    (folder / SUMS).write_text("\n".join([*lines, last_line(lines)]) + "\n", encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
@@ -89,7 +90,7 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder is sealed and its files are the sealed ones. Files that came later do not count."""
     if not (folder / SUMS).exists():
         return False
-    *lines, last = (folder / SUMS).read_text(errors="replace").splitlines() or [""]
+    *lines, last = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     return set(lines) <= set(sums(folder)) and last == last_line(lines)
 
 
@@ -124,6 +125,6 @@ def sync(path: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first sentence of an error; where it ends with a colon, what follows it too."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    """An error's text on one line, of at most 400 characters. A KeyError has a name alone for a text."""
+    text = f"unknown or missing: {error}" if isinstance(error, KeyError) else str(error)
+    return shorten(text, 400, placeholder=" …") or type(error).__name__

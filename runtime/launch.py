@@ -38,7 +38,8 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
         config = recorded(config)
     elif finished(config.folder):
         if "--force" in args:
-            fail(f"{config.folder} is finished: a new run can start from its policy, --model {config.folder}")
+            folder = shlex.quote(str(config.folder))
+            fail(f"{folder} is finished: a new run can start from its policy, --model {folder}")
         print(f"{config.folder} is finished: nothing is left to do")
         return
     if ranks.join(pick_device(config.machine.device)):  # one of several processes of torchrun, and not the first

@@ -5,6 +5,7 @@ alone, and code that comes with a model is never run.
 """
 
 import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -24,8 +25,16 @@ from countdown import Problem
 from policy import Policy, encode
 from runtime.cache import GROUPED
 from runtime.files import one_line, read_json
-from runtime.model_checks import check_adapter, check_adapter_settings, check_policy
-from runtime.weights import VALUE_HEAD, load_value_head
+from runtime.model_checks import (
+    EXACT,
+    check_adapter,
+    check_adapter_settings,
+    check_files,
+    check_policy,
+    check_tokenizer_files,
+    difference,
+)
+from runtime.weights import VALUE_HEAD, load_value_head, read_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advertises a package not needed here
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -77,11 +86,10 @@ def load_policy(
     if adapter:
         check_adapter_settings(adapter, lora_rank)
     config = read_model_config(folder, base)
-    config._attn_implementation = None  # the kit chooses it; a checkpoint may name a package that is not installed
     stored = stored_bits(base, config, train and not lora)
     tokenizer = read_tokenizer(folder, base)
     dtype = getattr(torch, dtype)
-    options = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    options = dict(config=config, dtype=dtype)
     if stored:
         options["device_map"] = {"": device}
     elif quantize == "nf4":
@@ -90,11 +98,11 @@ def load_policy(
         )
         options["device_map"] = {"": device}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-        if missing := sorted(info["missing_keys"]):  # transformers has drawn them at random
-            raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+        lm = read_model(base, AutoModelForCausalLM, **options)
     except Exception as error:  # no access, no memory, torn or foreign files: each has its own type
         raise ValueError(explain(folder, base, error)) from None
+    if quantize == "none" and not stored:
+        lm.to(device)
     try:
         keep_packing(lm)
         if lm.config._attn_implementation == "sdpa":
@@ -102,15 +110,12 @@ def load_policy(
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter:
-            lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True)
-            check_adapter(lm, adapter)
+            lm = load_adapter(lm, adapter, train)
         elif lora_rank:
             settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
             lm = get_peft_model(lm, settings)
     except Exception as error:  # of PEFT
         raise ValueError(f"can't load {folder!r}: {one_line(error)}") from None
-    if quantize == "none" and not stored:
-        lm.to(device)
     for parameter in lm.parameters():
         if parameter.requires_grad and lora:
             parameter.data = parameter.data.float()
@@ -121,6 +126,23 @@ def load_policy(
     return policy
 
 
+@torch.no_grad()
+def load_adapter(lm: torch.nn.Module, folder: str, train: bool) -> PeftModel:
+    """A model with the adapter of a folder. ValueError for tensors without a place; and, to train, for an adapter that
+    changes its base: the reference is the model with the adapter off."""
+    probe = torch.arange(8, device=lm.device)[None]
+    base = lm(input_ids=probe).logits
+    lm = PeftModel.from_pretrained(lm, folder, is_trainable=True)
+    check_adapter(lm, folder)
+    with lm.disable_adapter():
+        if train and difference(lm(input_ids=probe).logits, base) > EXACT:
+            raise ValueError(
+                "the adapter changes its base too (biases, PiSSA …), so the KL penalty would have no reference: "
+                "merge it into the base, merge_and_unload() of PEFT, and pass the merged model"
+            )
+    return lm
+
+
 def stored_bits(base: str, config: PreTrainedConfig, train_all: bool) -> bool:
     """Whether a checkpoint's weights are stored in 4 or 8 bits. ValueError where they can't be used so."""
     settings = getattr(config, "quantization_config", None)
@@ -128,7 +150,7 @@ def stored_bits(base: str, config: PreTrainedConfig, train_all: bool) -> bool:
         return False
     kind = settings.get("quant_method", "bitsandbytes")
     if kind != "bitsandbytes":
-        raise ValueError(f"{base}: its weights are stored as {kind}, which is not read here: use the model before that")
+        raise ValueError(f"{base}: its weights are stored as {kind}, which is not read here: use the unquantized model")
     if train_all:
         raise ValueError(f"{base}: its weights are stored in few bits, which can't be trained: pass --lora-rank 32")
     return True
@@ -137,9 +159,12 @@ def stored_bits(base: str, config: PreTrainedConfig, train_all: bool) -> bool:
 def read_model_config(folder: str, base: str) -> PreTrainedConfig:
     """A model's config.json. ValueError if it can't be read, or for a kind of model that the kit would run wrongly."""
     try:
+        check_files(base, "config.json", "generation_config.json")
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # each fault has its own type
         raise ValueError(explain(folder, base, error)) from None
+    config._attn_implementation = None  # the kit chooses it; a checkpoint may name a package that is not installed
+    config.return_dict = True
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not kind or kind.base_model_prefix != "model" or config.is_encoder_decoder or not hasattr(config, "hidden_size"):
         raise ValueError(f"{base}: {config.model_type} is no decoder of text like Llama")
@@ -155,6 +180,7 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
     can't write prompts."""
     source = folder if (Path(folder) / "tokenizer.json").exists() else base
     try:
+        check_tokenizer_files(source)
         # not AutoTokenizer: for model type qwen2 it ignores tokenizer.json and builds a byte-level BPE
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left")
         if tokenizer.chat_template is None:
@@ -226,7 +252,10 @@ def locate(model: str | Path) -> tuple[str, str]:
         except ValueError as error:
             raise ValueError(f"{name}: its base model can't be found: {error}") from None
     if (path / "checkpoint").is_dir():
-        raise ValueError(f"{name} is a run without a final policy: go on with it, --resume, or pass {name}/checkpoint")
+        raise ValueError(
+            f"{name} is a run without a final policy: go on with it, --resume, or pass "
+            f"{shlex.quote(name + '/checkpoint')}"
+        )
     if not (path / "config.json").exists():
         names = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"
         raise ValueError(f"{name} is no model folder: it has no config.json (it holds {names})")

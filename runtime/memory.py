@@ -16,6 +16,7 @@ CONTEXT_GB, FRAGMENTATION and VLLM_GB are assumptions: only a GPU can tell them.
 """
 
 from bisect import bisect
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -117,9 +118,11 @@ def read_sizes(folder: str, base: str) -> Sizes:
     )
 
 
-def longest_prompt(folder: str, base: str, size: int) -> int:
-    """Tokens that a prompt of `size` numbers has at most. ValueError if the tokenizer can't be read."""
-    return len(encode(read_tokenizer(folder, base), Problem((13,) * size, 13**size))) + MARGIN
+def longest_prompt(folder: str, base: str, size: int, own: Sequence[Problem] = ()) -> int:
+    """Tokens that a prompt has at most: of problems of one's `own`, or of the game with `size` numbers. ValueError if
+    the tokenizer can't be read."""
+    tokenizer = read_tokenizer(folder, base)
+    return max(len(encode(tokenizer, problem)) for problem in own or [Problem((13,) * size, 13**size)]) + MARGIN
 
 
 def drawn_tokens(config: Config) -> int:
@@ -283,8 +286,9 @@ def advice(costs: Costs, budget: float) -> str:
     return ""
 
 
-def plan(config: Config, device: str) -> Plan:
-    """The plan of a run on `device`, made before weights are loaded. ValueError, one line, if nothing fits.
+def plan(config: Config, device: str, own: Sequence[Problem] = ()) -> Plan:
+    """The plan of a run on `device`, made before weights are loaded. ValueError, one line, if nothing fits. `own`: with
+    --data, the problems with the longest prompts.
 
     With --gpu-memory PyTorch gets no more than that. With --sampler auto a run that does not fit with vLLM takes the
     torch sampler. On a CPU without --gpu-memory nothing is estimated.
@@ -292,7 +296,7 @@ def plan(config: Config, device: str) -> Plan:
     machine = config.machine
     engine = pick_sampler(machine, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    longest, on_gpu = longest_prompt(folder, base, config.task.size), device.startswith("cuda")
+    longest, on_gpu = longest_prompt(folder, base, config.task.size, own), device.startswith("cuda")
     check_context(context_of(read_model_config(folder, base)), longest, drawn_tokens(config))
     if not on_gpu and not machine.gpu_memory:
         return Plan(engine, longest + config.task.max_tokens, micro_tokens=machine.micro_batch_tokens)

@@ -31,7 +31,7 @@ def identity() -> dict[str, str]:
 def processor() -> str:
     """What the CPU calls itself, where that can be read, or its architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
@@ -45,7 +45,9 @@ def provenance() -> dict[str, str]:
     found["waiting"] = os.environ.get("OMP_WAIT_POLICY") or "default"  # of threads without work
     git = ["git", "-C", str(KIT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        found["commit"] = subprocess.run(
+            git, capture_output=True, text=True, encoding="utf-8", check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = "unknown"
     return found

@@ -41,7 +41,7 @@ def join(device: str) -> int:
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 collects
         if rank():
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return rank()
 
 

@@ -81,7 +81,7 @@ def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
     """The table at the end of a run, and what to do next."""
     folder, best = shlex.quote(str(config.folder)), "best/, " if config.measuring.evaluations else ""
     lines = [
-        f"\n{config.method} ({config.preset}, seed {config.seed}), {config.measuring.test_problems} held-out problems",
+        f"\n{config.method} ({config.preset}, seed {config.seed}), {scores['after'].problems} held-out problems",
         *(f"  {when:7s} {score.line()}" for when, score in scores.items()),
         f"  {progress.step} steps, {progress.generated:,} tokens generated, {progress.decoded:,} decoded, "
         f"{progress.prefilled:,} prefilled, {progress.valued:,} read by the critic, {progress.seconds / 60:.1f} min",

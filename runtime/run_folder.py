@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable
@@ -35,10 +36,11 @@ class Run:
     folder of the checkpoint to load, or None if there is none yet, and `state` is what `checkpoint` got as state.
     """
 
-    def __init__(self, folder: Path, settings: dict, resume: bool = False):
+    def __init__(self, folder: Path, settings: dict, resume: bool = False, data: dict[str, str] | None = None):
+        """`data`: the checksums of the problems' files, if they come from files; part of the provenance."""
         from filelock import FileLock, Timeout
 
-        self.folder = Path(folder)
+        self.folder, self.data = Path(folder), data
         self.metrics = self.folder / LOGS[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -66,7 +68,9 @@ class Run:
     def write_config(self) -> None:
         """Write the settings, and what the run was begun with. A resumed run calls this once its checkpoint is loaded:
         settings that the checkpoint does not fit are never written."""
-        begun_with = read_settings(self.folder).get("provenance") if self.restored else provenance()
+        begun_with = provenance() | ({"data": self.data} if self.data else {})
+        if self.restored:
+            begun_with = read_settings(self.folder).get("provenance")
         settings = self.settings | {"provenance": begun_with}
         write(self.folder / "config.json", json.dumps(settings, indent=1, default=str))
 
@@ -86,7 +90,7 @@ class Run:
         """Append a line of metrics; its numbers also go to TensorBoard."""
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
         with writing(self.metrics):
-            with self.metrics.open("a") as file:
+            with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -100,7 +104,9 @@ class Run:
 
         def fill(folder: Path) -> None:
             save(folder)
-            (folder / "state.json").write_text(json.dumps(state | {"settings": fingerprint(self.settings)}))
+            (folder / "state.json").write_text(
+                json.dumps(state | {"settings": fingerprint(self.settings)}), encoding="utf-8"
+            )
 
         self.publish("checkpoint", fill)
 
@@ -134,7 +140,7 @@ class Run:
             newest.rename(f"{newest}.damaged")
         if folder is None:
             print(f"{self.folder} has no checkpoint yet: from the start")
-        state = json.loads((folder / "state.json").read_text()) if folder else {}
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else {}
         if folder and state.pop("settings") != fingerprint(self.settings):
             print(f"note: {folder} was written with other settings")
         rows = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
@@ -148,7 +154,7 @@ class Run:
 def check_unused(folder: Path) -> None:
     """ValueError if the folder holds a run."""
     if log_of(folder):
-        raise ValueError(f"{folder} already holds a run: pass --resume {folder} or another --out")
+        raise ValueError(f"{folder} already holds a run: pass --resume {shlex.quote(str(folder))} or another --out")
 
 
 def read_settings(folder: Path) -> dict:
@@ -166,7 +172,7 @@ def log_of(folder: Path) -> Path | None:
 
 def pack(folder: Path, target: Path) -> None:
     """Copy a run's config.json and metrics to `target`; the metrics are compressed to a seventh."""
-    write(target / "config.json", (folder / "config.json").read_text())
+    write(target / "config.json", (folder / "config.json").read_text(encoding="utf-8"))
     write(target / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
 
 

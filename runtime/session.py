@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import Config
 from countdown import Problem, draw, make_splits
-from runtime import memory, ranks, report
+from runtime import data, memory, ranks, report
 from runtime.guard import IDLE, Guard, Stopped
 from runtime.loading import load_policy, pick_device
 from runtime.run_folder import Run, read_metrics
@@ -47,10 +47,13 @@ class Session:
         self.device = pick_device(config.machine.device)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(config.seed)
-        self.plan = memory.plan(config, self.device)
+        self.problems = splits(config)
+        for line in remarks(self.problems, config):
+            print(line)
+        own = data.longest(sum(self.problems.values(), [])) if config.task.data else []
+        self.plan = memory.plan(config, self.device, own)
         if self.plan.estimate:
             print(self.plan)
-        self.problems = splits(config)
         self.policy = load_policy(
             config.model,
             config.machine.lora_rank,
@@ -70,7 +73,8 @@ class Session:
     # -------------------------------------------------------------------------------------------- begin and end
 
     def __enter__(self) -> "Session":
-        self.run = Run(self.config.folder, asdict(self.config), self.resume)
+        sums = data.checksums(self.config.task.data) if self.config.task.data else None
+        self.run = Run(self.config.folder, asdict(self.config), self.resume, sums)
         try:
             self.begin()
         except BaseException:
@@ -211,8 +215,19 @@ class Session:
 def splits(config: Config) -> dict[str, list[Problem]]:
     """The run's problems, by split: train, validation, test."""
     task, measuring = config.task, config.measuring
+    if task.data:
+        own = data.read_splits(task.data)
+        validation, test = own["validation"][: measuring.eval_problems], own["test"][: measuring.test_problems]
+        return {"train": own["train"], "validation": validation, "test": test}
     sizes = dict(train=task.train_problems, validation=measuring.eval_problems, test=measuring.test_problems)
     return make_splits(task.split, **sizes, size=task.size)
+
+
+def remarks(problems: dict[str, list[Problem]], config: Config) -> list[str]:
+    """What a run says of its problems, a line each."""
+    if config.task.data:
+        return [data.counts(problems, config), *data.remarks(problems, config.model)]
+    return data.unfamiliar(problems["train"], config.model)
 
 
 def is_due(before: float, after: float, times: int) -> bool:

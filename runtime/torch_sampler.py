@@ -16,6 +16,7 @@ Shapes: B prefixes with L columns; n samples a prefix, R = B n in all; s live sa
 tokens, H hidden size, V vocabulary.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -38,8 +39,15 @@ LENGTH, STEP, END = range(len(ENDS))  # indices of ENDS
 def read_values(policy: Policy, states: list[list[int]]) -> tuple[list[float], Usage]:
     """V(s) of the states. The policy reads every token of them."""
     began = time.perf_counter()
-    values = policy.values(states)
+    values = check_values(policy.values(states))
     return values, Usage(valued=sum(map(len, states)), critic_seconds=time.perf_counter() - began)
+
+
+def check_values(values: list[float]) -> list[float]:
+    """The critic's values. Stopped if they are not finite."""
+    if not all(map(math.isfinite, values)):
+        raise Stopped("the critic's values are not finite: its weights are destroyed, try a lower learning rate")
+    return values
 
 
 def context_of(model_config) -> int:
@@ -164,7 +172,7 @@ class TorchSampler:
         unknown = any(h is None for h in hidden) or self.version != self.policy.version
         if unknown or not states:
             return read_values(self.policy, states)
-        values = self.policy.value_head(torch.stack(hidden)).tolist()
+        values = check_values(self.policy.value_head(torch.stack(hidden)).tolist())
         return values, Usage(critic_seconds=time.perf_counter() - began)
 
     def rest(self):

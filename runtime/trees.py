@@ -8,6 +8,7 @@ from countdown import follow, solvable
 from distill import most_visited_path
 from mcts import Node, Tree
 from policy import Policy
+from runtime.data import SOLVER_NUMBERS
 from runtime.files import write
 
 
@@ -23,7 +24,8 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
         if node.reward:
             reachable = "yes" if node.reward.correct else "no"
         else:
-            reachable = "unknown" if left is None else "yes" if solvable(left, tree.problem.target) else "no"
+            known = left is not None and len(left) <= SOLVER_NUMBERS
+            reachable = "unknown" if not known else "yes" if solvable(left, tree.problem.target) else "no"
         return {
             "text": text,
             "visits": node.visits,

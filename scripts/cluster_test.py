@@ -73,7 +73,7 @@ def trainer(test: ClusterTest, folder: Path, seed: int) -> subprocess.Popen:
     """Start or resume a run, in a process of its own."""
     resume = (folder / "config.json").exists()
     command = ["--resume", str(folder)] if resume else [*options(test, seed), "--out", str(folder)]
-    with folder.with_suffix(".log").open("a") as log:
+    with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, "ppo.py", *command], stdout=log, stderr=log)
 
 
@@ -82,8 +82,8 @@ def generators() -> dict[int, str]:
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_text().strip("\0 ")
+            parents[int(folder.name)] = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_text(encoding="utf-8").strip("\0 ")
         except OSError:  # it has ended meanwhile
             continue
     doing = {}

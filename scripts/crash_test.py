@@ -83,7 +83,7 @@ def train(options: list[str], log: Path) -> None:
     """In a forked process: `python ppo.py` with its output in a file."""
     code = 1
     try:
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         trainer = Trainer(ppo.train, ppo.update, ppo.make_optimizer, ppo.set_rate)
@@ -124,7 +124,7 @@ def attempt(folder: Path, phase: str = "search", number: int = 0, delay: float =
 
 def outcome(folder: Path) -> dict:
     """The results of a run that must not depend on kills. A torn line of metrics is an error."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if not is_time(key)} for line in lines]
     files = {
         f"{name}/{path.name}": path.read_bytes()

@@ -41,7 +41,7 @@ def packages(file: str) -> tuple[str, list[str]]:
     are missing or outside their range."""
     from packaging.requirements import Requirement
 
-    lines = [line.partition("#")[0].strip() for line in (KIT / file).read_text().splitlines()]
+    lines = [line.partition("#")[0].strip() for line in (KIT / file).read_text(encoding="utf-8").splitlines()]
     ranges = {line.name: line.specifier for line in map(Requirement, filter(None, lines))}
     wrong = []
     for package, allowed in ranges.items():
@@ -56,7 +56,9 @@ def ask_driver() -> str:
     """Name and memory of the GPU and the driver's version, by nvidia-smi; empty without a GPU or nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+        done = subprocess.run(
+            query, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return (done.stdout.splitlines() or [""])[0]
@@ -80,7 +82,7 @@ def ask_torch() -> tuple[str, float]:
 def machine() -> str:
     """Cores, memory and the disk under runs/."""
     memory, meminfo = "memory unknown", Path("/proc/meminfo")
-    kib = dict(re.findall(r"(\w+): +(\d+) kB", meminfo.read_text())) if meminfo.exists() else {}
+    kib = dict(re.findall(r"(\w+): +(\d+) kB", meminfo.read_text(encoding="utf-8"))) if meminfo.exists() else {}
     if {"MemAvailable", "MemTotal"} <= kib.keys():
         memory = f"{int(kib['MemAvailable']) / 2**20:.1f} of {int(kib['MemTotal']) / 2**20:.1f} GB memory free"
     return f"{os.cpu_count()} cores, {memory}, {shutil.disk_usage('.').free / 2**30:.1f} GB disk free"

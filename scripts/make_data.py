@@ -2,7 +2,8 @@
 
     python -m scripts.make_data --out data    # or python scripts/make_data.py --out data
 
-A training run makes its problems itself and needs no such files. `python evaluate.py --data FILE` reads one.
+A training run makes its problems itself and needs no such files. `python ppo.py --data FOLDER` trains with them, and
+`python evaluate.py --data FOLDER` reads the test.
 """
 
 import json
@@ -20,6 +21,7 @@ import numpy as np
 from config import check, check_choices
 from countdown import PLAYS, RANGES, Problem, check_game, make_splits, solve
 from runtime import cli
+from runtime.data import multisets
 from runtime.files import check_writable
 
 
@@ -45,11 +47,6 @@ class DataConfig:
         check_writable(self.out, folder=True)
 
 
-def multisets(problems: list[Problem]) -> set[tuple[int, ...]]:
-    """The numbers of each problem, sorted."""
-    return {tuple(sorted(problem.numbers)) for problem in problems}
-
-
 def describe(name: str, problems: list[Problem], train: list[Problem]) -> str:
     """One line: how many problems, how many of their multisets are in the training set, and how large the targets."""
     own = multisets(problems)
@@ -67,7 +64,9 @@ def main(config: DataConfig) -> None:
     splits = make_splits(**arguments)
     out.mkdir(parents=True, exist_ok=True)
     for name, problems in splits.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+        (out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(asdict(problem)) + "\n" for problem in problems), encoding="utf-8"
+        )
         print(describe(name, problems, splits["train"]))
     for problem in random.Random(config.seed).sample(splits["test"], min(preview, len(splits["test"]))):
         print(f"  {problem.numbers} -> {problem.target} = {solve(problem.numbers)[problem.target]}")

@@ -192,8 +192,8 @@ evaluate.py --budget 1024                          | --search none has no use fo
 evaluate.py --search best-of-n --cutoff 0.3        | --search best-of-n has no use for --cutoff: leave it out
 evaluate.py --search mcts --samples=16             | --search mcts has no use for --samples: leave it out
 evaluate.py --data empty.jsonl --skip 820          | leave out --problems, --skip and --size
-evaluate.py --data nowhere.jsonl                   | nowhere.jsonl: No such file or directory
-evaluate.py --data models                          | models: Is a directory
+evaluate.py --data nowhere.jsonl                   | there is no file nowhere.jsonl
+evaluate.py --data models                          | models needs one file test.jsonl
 evaluate.py --data empty.jsonl                     | empty.jsonl is empty: it holds no problem
 evaluate.py --data second.jsonl                    | second.jsonl, line 2: not a problem
 evaluate.py --data binary.jsonl                    | binary.jsonl, line 1: not a problem
