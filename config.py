@@ -74,6 +74,7 @@ class TaskConfig:
     train_problems: int = 20_000  # distinct problems to draw from
     max_tokens: int = 64  # tokens of an answer at most
     reward: str = "exact"  # exact: 1 if right, else -1; dense: a near miss earns more than a far one (the post)
+    template_options: str = ""  # of the chat template, as JSON: {"enable_thinking": false}
 
     def __post_init__(self):
         check_choices(self, split=("multiset", "post"), reward=("dense", "exact"))
@@ -338,12 +339,8 @@ class Config:
     @property
     def search(self) -> SearchConfig:
         """What a search in training reads."""
-        return SearchConfig(
-            **vars(self.tree),
-            temperature=self.learning.temperature,
-            max_tokens=self.task.max_tokens,
-            answers=self.distill.answers,
-        )
+        tree, limit, answers = vars(self.tree), self.task.max_tokens, self.distill.answers
+        return SearchConfig(**tree, temperature=self.learning.temperature, max_tokens=limit, answers=answers)
 
     @property
     def cutoff(self) -> float | None:

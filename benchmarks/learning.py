@@ -37,7 +37,7 @@ FIRST = {
     "best-of-n": "--problems 64 --samples 8",
     "cispo": "--problems 16 --samples 16",
 }
-SHARED = "--learning-rate 3e-4 --evaluations 0 --test-problems 1 --test-samples 1 --eval-problems 1"
+SHARED = "--learning-rate 3e-4 --evaluations 0 --test-problems 1 --test-samples 1"
 LOGS = {"first": "results/first/{}-tiny-seed*", "now": "results/compare/{}-seed*"}
 
 

@@ -22,6 +22,7 @@ from runtime.files import check_writable
 from runtime.guard import Stopped
 from runtime.provenance import versions
 from runtime.run_folder import read_settings
+from runtime.unread import check_stated
 
 Settings = TypeVar("Settings")
 # settings that say where and how a run works, not what comes out
@@ -92,17 +93,17 @@ def read_config(
     kind: type[Settings],
     args: list[str] | None = None,
     default: Settings | None = None,
-    unread: dict[str, str] | None = None,
+    others: dict[str, str] | None = None,
 ) -> Settings:
     """A dataclass of settings from the command line, read by tyro. A bad option is one line on stderr, exit code 2.
 
-    An option is the name of a field, also of one in a topic. A topic that is None in `default` has no options. `unread`
+    An option is the name of a field, also of one in a topic. A topic that is None in `default` has no options. `others`
     says of an option that others have who has no use for it.
     """
     import tyro
 
     args, boxes = sys.argv[1:] if args is None else args, io.StringIO()
-    check_options(args, default or kind, unread or {})
+    check_options(args, default or kind, others or {})
     packages = ", ".join(f"{package} {found}" for package, found in versions().items())
     try:
         with redirect_stderr(boxes):
@@ -134,11 +135,11 @@ def first_message(boxes: str) -> str:
     return message
 
 
-def check_options(args: list[str], config: object, unread: dict[str, str]) -> None:
-    """Fail for the first empty value, and for the first option that `config` does not have; of those in `unread` it is
+def check_options(args: list[str], config: object, others: dict[str, str]) -> None:
+    """Fail for the first empty value, and for the first option that `config` does not have; of those in `others` it is
     said who has no use for it."""
     known = set(option_names(config)) | {"help"}
-    names = known | unread.keys() | ({"search"} if "method" in known else set())
+    names = known | others.keys() | ({"search"} if "method" in known else set())
     for before, arg in zip(["", *args], args):
         option, equals, value = arg.partition("=")
         if not arg or (option.startswith("--") and equals and not value):
@@ -148,8 +149,8 @@ def check_options(args: list[str], config: object, unread: dict[str, str]) -> No
         name = option[2:].replace("_", "-").removeprefix("no-")
         if name in known:
             continue
-        if name in unread:
-            fail(f"{unread[name]} has no use for {option}: leave it out")
+        if name in others:
+            fail(f"{others[name]} has no use for {option}: leave it out")
         near = get_close_matches(name.lower(), names, 1)
         fail(f"there is no option {option}{f': did you mean --{near[0]}?' if near else ''} (--help lists the options)")
 
@@ -202,8 +203,10 @@ def given(args: list[str], option: str, default: str) -> str:
 def read_training_config(args: list[str], default: Config) -> Config:
     """A Config from the command line. An option that other methods have, and this one does not read, is refused."""
     names = {name for method in METHODS for name in option_names(preset_for("tiny", method))}
-    unread = dict.fromkeys(names, default.method) | {"force": "a new run", "resume": "a resumed run"}
-    return read_config(Config, args, default, unread)
+    others = dict.fromkeys(names, default.method) | {"force": "a new run", "resume": "a resumed run"}
+    config = read_config(Config, args, default, others)
+    check_stated(args, config, default)
+    return config
 
 
 def resumed(args: list[str]) -> Config:
@@ -222,9 +225,11 @@ def resumed(args: list[str]) -> Config:
     if given(options, "--method", default.method) != default.method:
         fail(f"{folder} is a run of {default.method}: --resume goes on with it, not with another method")
     config = read_training_config(options, default) if options else default
+    if (data := config.task.data) and are_those_of(data, folder):
+        default = default.change(data=data)  # the same files, wherever they lie now
+    elif data:
+        problems.append(f"{data} does not hold the problems that the run began with")
     problems += differences(asdict(default), asdict(config))
-    if (path := config.task.data) and not are_those_of(path, folder):
-        problems.append(f"{path} does not hold the problems that the run began with")
     if problems and "--force" not in args:
         fail(f"{folder} has other settings ({'; '.join(problems)}): --force goes on all the same")
     return replace(config, out=folder)

@@ -15,6 +15,7 @@ from runtime.loading import load_policy, locate, pick_device, read_model_config,
 from runtime.run_folder import log_of, read_settings
 from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
 from runtime.torch_sampler import KEPT, check_context, context_of
+from runtime.unread import check_stated
 from sampling import Sampler
 
 
@@ -33,6 +34,9 @@ class Evaluation:
     sampler: str = "auto"  # torch, vllm; auto: vllm where it is installed with a GPU and can draw what is asked
     dtype: str = "float32"  # of the weights: float32, bfloat16
     quantize: str = "none"  # linear layers: none, nf4
+    template_options: str = (
+        ""  # of the chat template, as JSON: {"enable_thinking": false}; a trained policy has its own
+    )
     rows: int = 1024  # sequences that the torch sampler decodes together
     kept: int = KEPT  # tokens whose keys and values it keeps during a search: 28 kB each with Qwen2.5-1.5B in bf16
     cache_gb: float = 1.0  # GB of vLLM's KV cache
@@ -46,8 +50,6 @@ class Evaluation:
         check(self, "at least", 1, "problems rows max_tokens")
         check(self, "at least", 0, "kept skip")
         check(self, "above", 0, "cache_gb temperature")
-        if self.data and (self.problems, self.skip, self.size) != (820, 0, 4):
-            raise ValueError("--data brings its own problems: leave out --problems, --skip and --size")
         if self.out:
             check_writable(self.out)
 
@@ -121,7 +123,9 @@ def parse(args: list[str]) -> Evaluation:
         fail(f"search must be one of {', '.join(EVALUATIONS)}, not {method!r}")
     others = {name for kind in EVALUATIONS.values() for name in option_names(kind())}
     default = EVALUATIONS[method](method=method)
-    return read_config(type(default), args, default, {name: f"--search {method}" for name in others})
+    config = read_config(type(default), args, default, {name: f"--search {method}" for name in others})
+    check_stated(args, config, default)
+    return config
 
 
 def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
@@ -130,10 +134,11 @@ def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
     device = pick_device(config.device)
     engine = pick_sampler(config, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    tokenizer = read_tokenizer(folder, base)
+    tokenizer = read_tokenizer(folder, base, config.template_options)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)
     check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
-    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False)
+    options = config.template_options
+    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False, template_options=options)
     plan = SamplerPlan(engine, longest + config.max_tokens, config.rows, config.kept, config.cache_gb)
     return policy, make_sampler(plan, policy, config.seed), problems
 
@@ -181,5 +186,6 @@ def check_task(config: Evaluation, task: TaskConfig) -> None:
             f"{config.model} has learnt answers of up to {task.max_tokens} tokens: pass --max-tokens {task.max_tokens}"
         )
     if task.size != config.size and not config.data:
-        cure = "leave out --size" if task.data else f"pass --size {task.size}"
-        raise ValueError(f"{config.model} has learnt {task.data or f'the game with {task.size} numbers'}: {cure}")
+        if task.data:
+            raise ValueError(f"{config.model} was trained with --data {task.data}: leave out --size")
+        raise ValueError(f"{config.model} has learnt the game with {task.size} numbers: pass --size {task.size}")

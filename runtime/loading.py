@@ -4,7 +4,9 @@ A model that can't be used raises a ValueError of one line that says what to do.
 alone, and code that comes with a model is never run.
 """
 
+import json
 import logging
+import re
 import shlex
 from pathlib import Path
 
@@ -65,6 +67,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     train: bool = True,
     seed: int | None = None,
+    template_options: str = "",
 ) -> Policy:
     """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
 
@@ -72,6 +75,7 @@ def load_policy(
     is trained in fp32; the base weights are frozen in `dtype`, with quantize="nf4" the linear layers in 4 bits.
     train: False, for evaluation, allows any dtype and makes no reference.
     seed: of the first weights of value head and adapter.
+    template_options: of the chat template, as JSON.
     ValueError says what to do if the model can't be used.
     """
     if seed is not None:
@@ -87,7 +91,7 @@ def load_policy(
         check_adapter_settings(adapter, lora_rank)
     config = read_model_config(folder, base)
     stored = stored_bits(base, config, train and not lora)
-    tokenizer = read_tokenizer(folder, base)
+    tokenizer = read_tokenizer(folder, base, template_options)
     dtype = getattr(torch, dtype)
     options = dict(config=config, dtype=dtype)
     if stored:
@@ -175,7 +179,7 @@ def read_model_config(folder: str, base: str) -> PreTrainedConfig:
     return config
 
 
-def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: str, base: str, template_options: str = "") -> PreTrainedTokenizerFast:
     """A model's tokenizer; of an adapter, the one in its folder if there is one. ValueError if it can't be read, or
     can't write prompts."""
     source = folder if (Path(folder) / "tokenizer.json").exists() else base
@@ -187,12 +191,31 @@ def read_tokenizer(folder: str, base: str) -> PreTrainedTokenizerFast:
             raise ValueError("it has no chat template: use an instruct model")
         if tokenizer.eos_token is None:
             raise ValueError("its tokenizer has no eos_token: answers would never end")
+        set_template_options(tokenizer, template_options)
         encode(tokenizer, Problem((1, 2), 3))
     except Exception as error:  # those of the chat template too
         raise ValueError(explain(folder, base, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def set_template_options(tokenizer, options: str) -> None:
+    """Give options of a chat template their values, by writing them into the template: so every saved policy has them.
+    `options`: a JSON object, such as {"enable_thinking": false}. ValueError for one that the template does not read."""
+    try:
+        values = dict(json.loads(options or "{}"))
+    except (TypeError, ValueError):
+        example = '{"enable_thinking": false}'
+        raise ValueError(f"template_options must be a JSON object such as {example}, not {options}") from None
+    for name, value in values.items():
+        if not name.isidentifier() or not re.search(rf"\b{name}\b", tokenizer.chat_template):
+            raise ValueError(f"its chat template has no option {name!r}: leave it out of template_options")
+        if isinstance(value, list | dict):
+            raise ValueError(f"option {name!r} of the chat template must be a text, a number, true or false")
+        template = tokenizer.chat_template
+        at = re.match(r"({% set \w+ = [^%]* %})*", template).end()  # after those of an earlier training
+        tokenizer.chat_template = f"{template[:at]}{{% set {name} = {json.dumps(value)} %}}{template[at:]}"
 
 
 def recorded(config: Config) -> Config:
@@ -202,7 +225,7 @@ def recorded(config: Config) -> Config:
     changes = {"lora_rank": adapter_rank(folder, base)} if folder != base and not config.machine.lora_rank else {}
     path = Path(config.model).expanduser()
     if config.model != TINY and path.exists():
-        changes["model"] = str(path.absolute())
+        changes["model"] = str(path.resolve())
     return config.change(**changes)
 
 
@@ -229,7 +252,7 @@ def locate(model: str | Path) -> tuple[str, str]:
     if name == TINY:  # the embedded policy, from any working directory
         path = path if path.exists() else KIT / TINY
     elif path.exists():  # a name that holds from any working directory later
-        path = path.absolute()
+        path = path.resolve()
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
         raise ValueError(f"{name} is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER")
     if not path.exists():

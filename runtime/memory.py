@@ -118,10 +118,10 @@ def read_sizes(folder: str, base: str) -> Sizes:
     )
 
 
-def longest_prompt(folder: str, base: str, size: int, own: Sequence[Problem] = ()) -> int:
+def longest_prompt(folder: str, base: str, size: int, own: Sequence[Problem] = (), template_options: str = "") -> int:
     """Tokens that a prompt has at most: of problems of one's `own`, or of the game with `size` numbers. ValueError if
     the tokenizer can't be read."""
-    tokenizer = read_tokenizer(folder, base)
+    tokenizer = read_tokenizer(folder, base, template_options)
     return max(len(encode(tokenizer, problem)) for problem in own or [Problem((13,) * size, 13**size)]) + MARGIN
 
 
@@ -296,7 +296,8 @@ def plan(config: Config, device: str, own: Sequence[Problem] = ()) -> Plan:
     machine = config.machine
     engine = pick_sampler(machine, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    longest, on_gpu = longest_prompt(folder, base, config.task.size, own), device.startswith("cuda")
+    longest = longest_prompt(folder, base, config.task.size, own, config.task.template_options)
+    on_gpu = device.startswith("cuda")
     check_context(context_of(read_model_config(folder, base)), longest, drawn_tokens(config))
     if not on_gpu and not machine.gpu_memory:
         return Plan(engine, longest + config.task.max_tokens, micro_tokens=machine.micro_batch_tokens)

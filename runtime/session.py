@@ -61,6 +61,7 @@ class Session:
             config.machine.dtype,
             config.machine.quantize,
             config.machine.gradient_checkpointing,
+            template_options=config.task.template_options,
         )
         self.sampler = make_sampler(self.plan, self.policy, config.seed)
         self.optimizer = make_optimizer(self.policy, config)

@@ -191,7 +191,7 @@ evaluate.py --out /proc/result.json                | /proc/result.json can't be 
 evaluate.py --budget 1024                          | --search none has no use for --budget: leave it out
 evaluate.py --search best-of-n --cutoff 0.3        | --search best-of-n has no use for --cutoff: leave it out
 evaluate.py --search mcts --samples=16             | --search mcts has no use for --samples: leave it out
-evaluate.py --data empty.jsonl --skip 820          | leave out --problems, --skip and --size
+evaluate.py --data empty.jsonl --skip 820          | --skip has no effect here (--data brings its own problems)
 evaluate.py --data nowhere.jsonl                   | there is no file nowhere.jsonl
 evaluate.py --data models                          | models needs one file test.jsonl
 evaluate.py --data empty.jsonl                     | empty.jsonl is empty: it holds no problem

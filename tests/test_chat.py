@@ -129,6 +129,35 @@ def test_an_answer_stops_at_the_end_of_its_turn(chat, config):
     assert all(end not in s.tokens[:-1] for s in rows[0])
 
 
+THINKS = (
+    TEMPLATES["chatml"][0] + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+def test_an_option_of_the_chat_template_reaches_it_and_stays(chat, tmp_path):
+    """Prevents a model that thinks although it is asked not to, and a trained policy that is evaluated with another
+    prompt than it was trained with. A later training may change the option."""
+    off, on = '{"enable_thinking": false}', '{"enable_thinking": true}'
+    folder = chat(THINKS)
+    ends = [load_policy(folder, template_options=options).encode(PROBLEM) for options in ("", on, off)]
+    assert ends[0] == ends[1] and len(ends[2]) > len(ends[0])
+    save_policy(load_policy(folder, template_options=off), tmp_path / "saved")
+    assert load_policy(tmp_path / "saved").encode(PROBLEM) == ends[2]
+    assert load_policy(tmp_path / "saved", template_options=on).encode(PROBLEM) == ends[0]
+
+
+@pytest.mark.parametrize("options, message", [
+    ('{"enable_thoughts": false}', "its chat template has no option 'enable_thoughts'"),
+    ('{"a b": 1}', "its chat template has no option 'a b'"), ("enable_thinking=false", "must be a JSON object"),
+    ("[1]", "must be a JSON object"), ("7", "must be a JSON object"),
+    ('{"enable_thinking": [1]}', "must be a text, a number, true or false"),
+])  # fmt: skip
+def test_an_option_that_the_template_does_not_read_is_refused(chat, options, message):
+    """Prevents a misspelt option that changes nothing without a word."""
+    with pytest.raises(ValueError, match=message):
+        load_policy(chat(THINKS), template_options=options)
+
+
 @pytest.mark.parametrize("odd", [
     dict(do_sample=False, temperature=0.6, top_p=0.9), dict(pad_token_id=-1), dict(num_beams=1, length_penalty=2.0),
 ])  # fmt: skip

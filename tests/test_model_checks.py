@@ -369,6 +369,8 @@ def test_a_run_records_the_rank_and_the_whole_path(tmp_path, checkpoint, monkeyp
     config: Config = preset_for("tiny", "mcts")
     adapter = recorded(config.change(model="a"))
     assert (adapter.model, adapter.machine.lora_rank) == (str(tmp_path / "a"), 2)
+    (tmp_path / "below").mkdir()
+    assert recorded(config.change(model="below/../a")).model == str(tmp_path / "a")
     assert recorded(config) == config  # the embedded policy has its name everywhere
     shutil.copytree(checkpoint, tmp_path / "base")
     save_policy(load_policy("base", lora_rank=2), tmp_path / "b")
