@@ -181,6 +181,7 @@ class CriticConfig:
 
     def __post_init__(self):
         check(self, "at least", 0, "value_learning_rate")
+        check(self, "at most", 1, "value_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class LearningConfig:
         )  # fmt: skip
         check(self, "at least", 1, "problems inner_steps")
         check(self, "at least", 0, "learning_rate warmup kl_coefficient")
+        check(self, "at most", 1, "learning_rate")
         check(self, "above", 0, "temperature clip_gradient clip")
         if self.loss == "ppo" and self.clip >= 1:
             raise ValueError(f"with loss ppo clip is epsilon and must be below 1, not {self.clip}: try --clip 0.2")

@@ -161,7 +161,8 @@ def main() -> None:
                 write(config.out, json.dumps(result, default=str))
             show(config, score)
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: pass less than --rows {config.rows} or --kept {config.kept}, or --quantize nf4")
+        kept = f" or --kept {config.kept}" if config.method == "mcts" else ""
+        fail(f"out of GPU memory: pass less than --rows {config.rows}{kept}, or --quantize nf4")
 
 
 if __name__ == "__main__":

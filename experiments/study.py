@@ -104,6 +104,7 @@ ABLATIONS = {  # each changes one setting of `mcts` in stage compare; with disti
     **{f"children-{k}": f"--children {k}" for k in (2, 8)},
     **{f"simulations-{n}": f"--simulations {n}" for n in (4, 16, 64, 128, 256)},
     "visits": "--lesson visits",
+    "answers-all": "--answers all",
     "verifier-only": "--value-learning-rate 0",  # the value head starts at V = 0 and stays there
     "recomputed": "--old-logprobs recomputed",
     "failures": "--failures",

@@ -224,6 +224,8 @@ def resumed(args: list[str]) -> Config:
     default = replace(default, out=folder)
     if given(options, "--method", default.method) != default.method:
         fail(f"{folder} is a run of {default.method}: --resume goes on with it, not with another method")
+    if given(options, "--preset", default.preset) != default.preset:  # only its name would change
+        fail(f"{folder} is a run of preset {default.preset}: --resume goes on with it, not with another preset")
     config = read_training_config(options, default) if options else default
     if (data := config.task.data) and are_those_of(data, folder):
         default = default.change(data=data)  # the same files, wherever they lie now

@@ -50,12 +50,12 @@ def check_stated(args: list[str], config: object, default: object) -> None:
 def why_idle(config: object, name: str, usual: object) -> str:
     """Why a setting has no effect, with its value and with the usual one alike. Empty if it has, or if the usual value
     does not go with the other settings."""
-    if why := unread(config).get(name, ""):
-        try:
-            return unread(changed(config, {name: usual})).get(name, "")
-        except ValueError:
-            return ""
-    return why
+    if name not in unread(config):
+        return ""
+    try:
+        return unread(changed(config, {name: usual})).get(name, "")
+    except ValueError:
+        return ""
 
 
 def samples_with_torch(s: dict) -> bool:

@@ -308,7 +308,7 @@ def test_memory_that_runs_out_is_one_line(checkpoint, monkeypatch, capsys):
 
     monkeypatch.setattr(TorchSampler, "sample", run_out)
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, checkpoint, "--kept", 1000, "--rows", 8)
+        command(monkeypatch, checkpoint, "--search", "mcts", "--kept", 1000, "--rows", 8)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: out of GPU memory: pass less than --rows 8 or --kept 1000, or --quantize nf4"
