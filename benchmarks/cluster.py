@@ -10,15 +10,18 @@ bytes are counted from the shapes of Qwen2.5-1.5B and 7B; rates of `put` and cop
 are nominal.
 """
 
-import runtime.threads
-
 import heapq
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/cluster.py`
+
+import runtime.threads
 
 import numpy as np
 import torch

@@ -5,13 +5,16 @@
 Seconds are the process's own on the CPU, so that other programs hardly matter.
 """
 
-import runtime.threads
-
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/game.py`
+
+import runtime.threads
 
 import countdown
 from benchmarks.timing import timed

@@ -8,8 +8,6 @@ time.perf_counter. The number of tokens that a score takes is read from the logs
 and those of stage compare.
 """
 
-import runtime.threads
-
 import json
 import math
 import os
@@ -20,13 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/learning.py`
+
+import runtime.threads
+
 from config import check
 from experiments.study import METHODS
 from runtime import cli, files, provenance
-from runtime.files import check_writable
+from runtime.files import KIT, check_writable
 from runtime.run_folder import read_metrics
 
-KIT = Path(__file__).parents[1]
 RUN = (
     "import runpy, sys, time; time.perf_counter = time.process_time; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -59,10 +60,16 @@ class Bench:
 def cost(kit: Path, method: str, bench: Bench, folder: Path) -> float:
     """CPU seconds a million generated tokens, from the end of the first step on."""
     recipe = "" if kit == KIT else FIRST[method]
-    args = f"{METHODS[method]} {recipe} {SHARED} --train-problems 2000 --tokens {bench.tokens} --out {folder}".split()
+    args = f"{METHODS[method]} {recipe} {SHARED} --train-problems 2000 --tokens {bench.tokens}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *args], cwd=kit, env=environment, capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, "-c", RUN, *args, "--out", str(folder)],
+        cwd=kit,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise ValueError(f"{method} in {kit} ended with code {done.returncode}: {done.stderr.strip()[-300:]}")

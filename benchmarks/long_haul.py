@@ -6,12 +6,15 @@ The steps are small but complete: search, update, metrics, with evaluations, che
 only: it reads /proc. The first tenth is warm-up; after it the resident size must stay within 5 % of its first value.
 """
 
-import runtime.threads
-
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/long_haul.py`
+
+import runtime.threads
 
 import ppo
 from config import Config, TreeConfig, check

@@ -9,8 +9,7 @@ kernel, which keeps what the GPU's memory-efficient one keeps; AdamW is set to i
 run on fake tensors: the NF4 row adds up the weights of a small real model.
 """
 
-import runtime.threads
-
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -19,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
+
+import runtime.threads
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

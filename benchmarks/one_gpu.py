@@ -14,8 +14,6 @@ two times: the bytes of all weights and of every sequence's keys and values at t
 products with the weights at the rate of a large product, both measured here.
 """
 
-import runtime.threads
-
 import json
 import math
 import shutil
@@ -27,6 +25,10 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/one_gpu.py`
+
+import runtime.threads
+
 import torch
 
 from benchmarks.random_qwen import Shape, make_checkpoint
@@ -36,7 +38,7 @@ from config import METHODS, PRESETS, check, check_choices
 from countdown import Problem
 from policy import Policy
 from runtime import cli, files, provenance
-from runtime.files import check_writable
+from runtime.files import KIT, check_writable
 from runtime.loading import load_policy, locate, pick_device
 from runtime.memory import read_sizes
 from runtime.run_folder import read_metrics
@@ -126,10 +128,14 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     if method == "mcts":
         args += ["--simulations", str(bench.simulations), "--step-tokens", str(bench.step_tokens)]
     args += ["--failures"]  # random weights have no right answers to learn from
-    program = ["ppo.py", "--search", method] if method in ("mcts", "none") else ["baselines.py", "--method", method]
+    program = "ppo.py" if method in ("mcts", "none") else "baselines.py"
     row = {"cap_gb": cap, "weights": "nf4" if quantize == "nf4" else "bf16", "sampler": sampler, "method": method}
     done = subprocess.run(
-        [sys.executable, *program, *args, "--no-test-before"], capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, str(KIT / program), "--method", method, *args, "--no-test-before"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         return row | {"error": (done.stderr.strip() or "no message").splitlines()[-1]}

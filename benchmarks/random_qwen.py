@@ -6,11 +6,14 @@ The tests use thin ones with `lessons` above 0: a few seconds of training on wri
 occur. The vocabulary is padded beyond the tokenizer, as Qwen2.5's is (151,936 against 151,665).
 """
 
-import runtime.threads
-
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/random_qwen.py`
+
+import runtime.threads
 
 import torch
 import tyro

@@ -6,11 +6,14 @@ K = 8 and uniform priors, so that no tree is searched out: how many simulations 
 Seconds are the process's own on the CPU, with one thread; the prompts' one prefill is part of the first wave.
 """
 
-import runtime.threads
-
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/scaling.py`
+
+import runtime.threads
 
 import torch
 

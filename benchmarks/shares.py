@@ -5,12 +5,15 @@
 The time that no operator takes is counted as Python's.
 """
 
-import runtime.threads
-
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/shares.py`
+
+import runtime.threads
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention

@@ -9,16 +9,19 @@ own, before the others. The floor of sampling is arithmetic: the products with t
 at the rate that this machine reaches on products of that shape. Attention, norms, draws and Python come on top of it.
 """
 
-import runtime.threads
-
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/speed.py`
+
+import runtime.threads
 
 import torch
 
@@ -28,12 +31,11 @@ from countdown import make_problems
 from mcts import Tree, plant, search
 from policy import Policy, left_pad
 from runtime import cli, files, provenance
-from runtime.files import check_writable
+from runtime.files import KIT, check_writable
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from sampling import Sample, SamplingParams, Usage
 
-KIT = Path(__file__).parents[1]
 SIBLINGS, LENGTH = 8, 64  # completions a prompt, tokens of one at most
 SECTIONS = ("sampling", "search")
 
@@ -141,7 +143,9 @@ def measure_vllm(bench: Bench) -> dict[str, float]:
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        command, cwd=KIT, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         print(f"vLLM: ended with code {done.returncode} ({done.stderr.strip()[-200:]}): skipped")
         return {}

@@ -9,18 +9,21 @@ took. The first step's gradient is left in FOLDER/SIDE.safetensors. Learning rat
 every step does the same work.
 """
 
-import runtime.threads
-
 import json
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/steps.py`
+
+import runtime.threads
 
 import torch
 from safetensors.torch import save_file
 
 from policy import left_pad
 from ppo import make_optimizer, update
+from runtime import cli
 from runtime.loading import load_policy
 from runtime.micro_batches import MicroBatches
 
@@ -140,6 +143,8 @@ def right_pad(rows: list[list[float]]) -> torch.Tensor:
 
 
 def main() -> None:
+    if len(sys.argv) != 4 or sys.argv[1] not in ("kit", "trl"):
+        raise ValueError("pass a side (kit or trl), a folder and a size of micro-batch")
     side, folder, size = sys.argv[1:]
     batch = json.loads((Path(folder) / "batch.json").read_text(encoding="utf-8"))
     torch.set_num_threads(batch["threads"])
@@ -147,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(main)

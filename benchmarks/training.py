@@ -8,8 +8,6 @@ memory is what it takes beyond the loaded model: gradients, optimiser, activatio
 micro-batches, no gradient checkpointing, and fp32 as here. Neither side has a KL term.
 """
 
-import runtime.threads
-
 import json
 import random
 import subprocess
@@ -20,6 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/training.py`
+
+import runtime.threads
+
 import torch
 from safetensors.torch import load_file
 
@@ -29,7 +31,7 @@ from config import TINY, Config, check, check_choices, preset_for
 from countdown import Problem, Reward, make_problems
 from distill import group_advantages
 from runtime import cli, files, provenance
-from runtime.files import check_writable
+from runtime.files import KIT, check_writable
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from sampling import SamplingParams, Trajectory, complete
@@ -122,9 +124,9 @@ class Side:
     """A process that makes a step when it is asked."""
 
     def __init__(self, *args: str):
-        command = [sys.executable, "-m", "benchmarks.steps", *args]
+        command = [sys.executable, str(KIT / "benchmarks" / "steps.py"), *args]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
         )
         self.seconds: list[float] = []
         self.read("ready")
@@ -134,7 +136,7 @@ class Side:
         for line in self.process.stdout:
             if line.startswith("{") and key in (answer := json.loads(line)):
                 return answer
-        raise ValueError(f"{' '.join(self.process.args[2:])} ended with code {self.process.wait()}")
+        raise ValueError(f"{' '.join(self.process.args[1:])} ended with code {self.process.wait()}")
 
     def step(self) -> None:
         self.process.stdin.write("step\n")

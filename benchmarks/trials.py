@@ -7,14 +7,17 @@ Each samples in turn with the same seeds. The table has its tokens a CPU second 
 that equal those of plain fp32 to the last token, and the distance of its log-probabilities from the fp32 trainer's.
 """
 
-import runtime.threads
-
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/trials.py`
+
+import runtime.threads
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu

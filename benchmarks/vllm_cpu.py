@@ -5,16 +5,20 @@
 Prompts and completions are token ids, without log-probabilities. All prompts of a size are submitted at once.
 """
 
-import runtime.threads
-
 import json
 import os
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/vllm_cpu.py`
+
+import runtime.threads
 
 from benchmarks.speed import LENGTH, SIBLINGS
 from config import TINY
 from countdown import make_problems
+from runtime import cli
 from runtime.loading import load_policy
 
 REPEATS = 3
@@ -28,6 +32,8 @@ ENVIRONMENT = {
 
 
 def main() -> None:
+    if not sys.argv[1:] or not all(size.isdecimal() for size in sys.argv[1:]):
+        raise ValueError("pass numbers of rows: 64 512")
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
@@ -51,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.command(main)

@@ -38,7 +38,7 @@ import evaluate
 from config import check, check_choices
 from distill import LESSONS
 from runtime import cli
-from runtime.files import read_json, write
+from runtime.files import KIT, read_json, write
 from runtime.run_folder import ending, pack, read_metrics
 
 # not GRPO: with one update a step its ratio is 1 and its gradient CISPO's (test_one_update_a_step_makes_grpo_of_cispo)
@@ -258,12 +258,14 @@ def is_done(folder: Path) -> bool:
 def call(command: list[str], config: StudyConfig) -> None:
     """Run a program. RuntimeError, with the program's last line, if it fails. Exit code 3, a run that was stopped as
     collapsed, is no failure."""
+    program, *options = command
     threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
     process = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, str(KIT / program), *options],
         capture_output=True,
         text=True,
         encoding="utf-8",
+        errors="replace",
         env=os.environ | {"OMP_NUM_THREADS": threads},
     )
     if process.returncode not in (0, 3):

@@ -65,6 +65,7 @@ def command(main: Callable[[], None]) -> None:
     """Run a program: expected errors become one line, Ctrl-C exits with 130, a stopped run with 3."""
     print_anywhere()
     try:
+        check_names()
         main()
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -81,6 +82,15 @@ def print_anywhere() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not a notebook's
             stream.reconfigure(errors="replace")
+
+
+def check_names() -> None:
+    """ValueError for names that the machine's encoding lacks: no library could open them."""
+    try:
+        "".join([*sys.argv, os.getcwd()]).encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        raise ValueError(f"a name holds a character that {encoding} lacks: set the variable PYTHONUTF8=1") from None
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -14,8 +14,7 @@ from textwrap import shorten
 
 from config import TINY, Config
 from countdown import SHARES, Problem, reachable, solvable, split_of
-from runtime.files import one_line, read_json, sha256
-from runtime.provenance import KIT
+from runtime.files import KIT, one_line, read_json, sha256
 from runtime.run_folder import log_of, read_settings
 
 SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,20 @@ from textwrap import shorten
 
 from safetensors import SafetensorError
 
+KIT = Path(__file__).resolve().parents[1]
 SUMS = "SHA256SUMS"  # in a sealed folder: the list of its files' checksums
+
+
+def typed(path: Path | str) -> str:
+    """A path as one types it in a shell: in quotes where it needs them, and never like an option."""
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    quoted = shlex.quote(text)
+    return f'"{text}"' if os.name == "nt" and quoted != text else quoted
+
+
+def typed_program(name: str) -> str:
+    """A program of the kit as one types it in the working folder."""
+    return f"python {name if Path.cwd() == KIT else typed(KIT / name)}"
 
 
 def check_writable(path: Path, folder: bool = False) -> None:

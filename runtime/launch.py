@@ -1,10 +1,8 @@
 """From a command line to a training run: in one process, under torchrun, or with a Ray cluster."""
 
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,6 +10,7 @@ from config import Config
 from runtime import ranks, report
 from runtime.cli import fail, parse
 from runtime.cluster import collecting
+from runtime.files import typed
 from runtime.guard import Stopped
 from runtime.loading import pick_device, recorded
 from runtime.run_folder import check_unused, finished
@@ -38,8 +37,7 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
         config = recorded(config)
     elif finished(config.folder):
         if "--force" in args:
-            folder = shlex.quote(str(config.folder))
-            fail(f"{folder} is finished: a new run can start from its policy, --model {folder}")
+            fail(f"{config.folder} is finished: a new run can start from its policy, --model {typed(config.folder)}")
         print(f"{config.folder} is finished: nothing is left to do")
         return
     if ranks.join(pick_device(config.machine.device)):  # one of several processes of torchrun, and not the first
@@ -55,8 +53,9 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
         raise Stopped(f"{reason}; the last checkpoint is kept in {config.folder}") from None
     except KeyboardInterrupt:
         if (config.folder / "config.json").exists():
-            program, folder = Path(sys.argv[0]).name, shlex.quote(str(config.folder))
-            print(f"\ninterrupted; to go on: python {program} --resume {folder}", file=sys.stderr)
+            print(
+                f"\ninterrupted; to go on: python {typed(sys.argv[0])} --resume {typed(config.folder)}", file=sys.stderr
+            )
         raise
 
 

@@ -7,7 +7,6 @@ alone, and code that comes with a model is never run.
 import json
 import logging
 import re
-import shlex
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from config import TINY, Config
 from countdown import Problem
 from policy import Policy, encode
 from runtime.cache import GROUPED
-from runtime.files import one_line, read_json
+from runtime.files import one_line, read_json, typed
 from runtime.model_checks import (
     EXACT,
     check_adapter,
@@ -276,8 +275,8 @@ def locate(model: str | Path) -> tuple[str, str]:
             raise ValueError(f"{name}: its base model can't be found: {error}") from None
     if (path / "checkpoint").is_dir():
         raise ValueError(
-            f"{name} is a run without a final policy: go on with it, --resume, or pass "
-            f"{shlex.quote(name + '/checkpoint')}"
+            f"{name} is a run without a final policy: go on with it, --resume {typed(name)}, or pass "
+            f"{typed(name + '/checkpoint')}"
         )
     if not (path / "config.json").exists():
         names = ", ".join(sorted(item.name for item in path.iterdir())[:4]) or "nothing"

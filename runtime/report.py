@@ -1,13 +1,12 @@
 """What a run tells: the numbers of a step, the bar on the terminal, the table at the end."""
 
-import shlex
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from config import GROUP_METHODS, Config, flatten, preset_for
 from runtime.evaluation import TreeEvaluation
+from runtime.files import typed, typed_program
 from runtime.scores import Score
 from sampling import Progress, Trajectory, Usage
 
@@ -56,12 +55,15 @@ def costs(usage: Usage, update_seconds: float, device: str) -> dict[str, float]:
     return row
 
 
-def idle(steps: int, method: str) -> str:
-    """The warning after some steps in a row that have taught the policy nothing."""
-    which = "this step has" if steps == 1 else f"the last {steps} steps have"
-    unequal = "a group with unequal rewards" if method in GROUP_METHODS else "a right answer"
-    more = {"mcts": "--simulations or --children", "none": "--problems"}.get(method, "--samples, or --reward dense")
-    return f"warning: {which} taught the policy nothing, for want of {unequal}: try more {more}"
+def idle(steps: int, config: Config) -> str:
+    """What is wrong, and what to do, after some steps in a row that have taught the policy nothing."""
+    which = "this step has" if steps == 1 else f"{steps} steps in a row have"
+    need, more = "a right answer", {"mcts": "--simulations or --children", "none": "--problems"}
+    advice = f"more {more.get(config.method, '--samples')}, or scripts/warm_up.py first"
+    if config.method in GROUP_METHODS:
+        need = "a group with unequal rewards"
+        advice += ", or --reward dense" if config.task.reward == "exact" else ""
+    return f"{which} taught the policy nothing, for want of {need}: try {advice}"
 
 
 def bar(method: str, share: float) -> tqdm:
@@ -79,7 +81,7 @@ def show(bar: tqdm, progress: Progress, row: dict) -> None:
 
 def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
     """The table at the end of a run, and what to do next."""
-    folder, best = shlex.quote(str(config.folder)), "best/, " if config.measuring.evaluations else ""
+    folder, best = typed(config.folder), "best/, " if config.measuring.evaluations else ""
     lines = [
         f"\n{config.method} ({config.preset}, seed {config.seed}), {scores['after'].problems} held-out problems",
         *(f"  {when:7s} {score.line()}" for when, score in scores.items()),
@@ -88,7 +90,7 @@ def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
         f"  {folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
     ]
     if config.task.split != "post":  # whose test problems the policy has seen
-        lines.append(f"  next: python evaluate.py {folder} {search_options(config)}")
+        lines.append(f"  next: {typed_program('evaluate.py')} {folder} {search_options(config)}")
     return "\n".join(lines)
 
 

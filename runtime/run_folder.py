@@ -16,14 +16,13 @@ import gzip
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from runtime.files import is_whole, read_json, seal, sync, write, writing
+from runtime.files import is_whole, read_json, seal, sync, typed, write, writing
 from runtime.provenance import provenance
 
 LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of a run that was packed into results/
@@ -154,7 +153,7 @@ class Run:
 def check_unused(folder: Path) -> None:
     """ValueError if the folder holds a run."""
     if log_of(folder):
-        raise ValueError(f"{folder} already holds a run: pass --resume {shlex.quote(str(folder))} or another --out")
+        raise ValueError(f"{folder} already holds a run: pass --resume {typed(folder)} or another --out")
 
 
 def read_settings(folder: Path) -> dict:

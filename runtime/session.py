@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import Config
 from countdown import Problem, draw, make_splits
 from runtime import data, memory, ranks, report
-from runtime.guard import IDLE, Guard, Stopped
+from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, pick_device
 from runtime.run_folder import Run, read_metrics
 from runtime.samplers import make_sampler
@@ -138,8 +138,10 @@ class Session:
         if is_due(before, self.progress.share, measuring.evaluations):
             row |= self.validate()
         reason = self.guard.check(row)
-        if self.guard.idle_steps in (1, 10, IDLE):
-            tqdm.write(report.idle(self.guard.idle_steps, self.config.method))
+        if self.guard.idle_steps == 10 or self.guard.idle_steps == self.guard.all_idle_steps == 1:
+            tqdm.write(f"warning: {report.idle(self.guard.idle_steps, self.config)}")
+        elif self.guard.idle_steps >= self.guard.idle:
+            reason = report.idle(self.guard.idle_steps, self.config)
         self.log(row | ({"stopped": reason} if reason else {}))
         if reason:
             self.stopped_by_guard = True

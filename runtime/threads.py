@@ -1,4 +1,5 @@
-"""How threads wait for work. Every program imports this before torch, which reads these variables when it is loaded.
+"""How threads wait for work. Every program imports this before torch, which reads these variables when it is loaded;
+Ray's and torchrun's processes do too.
 
 OpenMP's threads spin while they wait. Beside another busy process they then hold the cores that they wait for: on two
 cores a run falls to a fiftieth of its speed. Threads that sleep instead cost a tenth of it. A user's own choice stays.

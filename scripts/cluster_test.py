@@ -31,7 +31,7 @@ import numpy as np
 from config import check
 from runtime import cli
 from runtime.cli import parse
-from runtime.files import check_new
+from runtime.files import KIT, check_new
 from runtime.run_folder import read_metrics
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t for 95 %, by the number of runs
@@ -74,7 +74,7 @@ def trainer(test: ClusterTest, folder: Path, seed: int) -> subprocess.Popen:
     resume = (folder / "config.json").exists()
     command = ["--resume", str(folder)] if resume else [*options(test, seed), "--out", str(folder)]
     with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
-        return subprocess.Popen([sys.executable, "ppo.py", *command], stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, str(KIT / "ppo.py"), *command], stdout=log, stderr=log)
 
 
 def generators() -> dict[int, str]:

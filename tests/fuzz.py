@@ -16,7 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tests/fuzz.py`
+
+import runtime.threads
 
 import countdown
 from countdown import Problem, prompt

@@ -93,6 +93,19 @@ ppo.py --search none --lesson steps                | none has no use for --lesso
 ppo.py --search none --dump-trees 2                | none has no use for --dump-trees
 ppo.py --search none --dump_trees 2                | none has no use for --dump_trees: leave it out
 ppo.py --search none --simulations 8               | none has no use for --simulations: leave it out
+ppo.py --data nowhere.jsonl                        | nowhere.jsonl. Of a data set of Hugging Face, pass a file
+ppo.py --data models                               | models needs one file test.jsonl, test.json or test.parquet
+ppo.py --data empty.jsonl                          | empty.jsonl is empty: it holds no problem
+ppo.py --data second.jsonl                         | second.jsonl, line 2: not a problem
+ppo.py --data deep.jsonl                           | deep.jsonl, line 1: not a problem
+ppo.py --data ''                                   | --data is empty
+ppo.py --data second.jsonl --size 3                | --size has no effect here (--data brings its own problems)
+ppo.py --data second.jsonl --train-problems=9      | --train-problems has no effect here
+ppo.py --selection gumbel --c-puct 1               | --c-puct has no effect here (--selection gumbel
+ppo.py --workers 1 --virtual_loss visit            | --virtual_loss has no effect here (with --workers 1
+ppo.py --max-staleness 0                           | --max-staleness has no effect here (there is no --cluster)
+ppo.py --clip 4                                    | --clip has no effect here (with --inner-steps 1
+baselines.py --method cispo --evaluations 0 --eval-samples 2 | --eval-samples has no effect here
 ppo.py --generators 2                              | several generators need a cluster
 ppo.py --cluster ray                               | cluster must be one of none, local, auto
 ppo.py --shards 99                                 | 16 problems a step can't be cut into 99 shards
@@ -120,6 +133,7 @@ ppo.py --resume runs/tree                          | runs/tree/config.json is da
 ppo.py --resume runs/null                          | runs/null/config.json is damaged
 ppo.py --resume runs/topics                        | cispo has other topics than these
 ppo.py --resume runs/good --problems 8             | (problems 16 there, 8 here): --force goes on
+ppo.py --resume runs/good --preset post --force    | runs/good is a run of preset tiny
 ppo.py --resume runs/good --method none            | runs/good is a run of mcts
 ppo.py --resume runs/good --resume runs/words      | a resumed run has no use for --resume
 ppo.py --resume runs/older                         | runs/older has other settings (min_p is no setting here)
@@ -169,6 +183,9 @@ evaluate.py --search mcts --cutoff 0.3 --sampler vllm | vLLM does not draw steps
 evaluate.py --sampler sglang                       | sampler must be one of
 evaluate.py --sampler vllm                         | vLLM is not installed
 evaluate.py --sampler vllm --quantize nf4          | vLLM does not serve NF4 weights
+evaluate.py --kept 9                               | --kept has no effect here (a search alone keeps
+evaluate.py --cache-gb 2                           | --cache-gb has no effect here
+evaluate.py --search mcts --virtual-loss visit     | --virtual-loss has no effect here
 evaluate.py --dtype float16                        | dtype must be one of
 evaluate.py --device cuda                          | no NVIDIA GPU is visible
 evaluate.py --problems 0                           | problems must be at least 1

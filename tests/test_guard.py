@@ -58,9 +58,9 @@ def test_a_run_that_learns_nothing_is_stopped():
     """Prevents a budget that is spent on steps whose answers are all wrong, or whose groups are all alike; and a stop
     of a run that has a lesson now and then, or that has just been tested."""
     lesson, none = {"trajectories": 4, "parsed": 1.0, "policy_loss": 0.1}, {"trajectories": 4, "parsed": 1.0}
-    empty, test = {"trajectories": 0}, {"test_parsed": 1.0}
+    empty, test, solved = {"trajectories": 0, "solved": 0.0}, {"test_parsed": 1.0}, {"trajectories": 0, "solved": 1.0}
     guard = Guard(idle=3)
-    assert [guard.check(row) for row in (none, empty, lesson, none, test, empty)] == [""] * 6
+    assert [guard.check(row) for row in (none, empty, lesson, none, empty, solved, none, test, empty)] == [""] * 9
     assert guard.check(none) == "3 steps in a row have taught the policy nothing"
 
 

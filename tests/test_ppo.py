@@ -72,24 +72,36 @@ def test_a_tree_without_an_answer_is_left_out(policy, fake_sampler, problems, ti
 
 
 @pytest.mark.parametrize("method, advice", [
-    ("mcts", "a right answer: try more --simulations or --children"),
-    ("none", "a right answer: try more --problems"),
-    ("best-of-n", "a right answer: try more --samples, or --reward dense"),
-    ("grpo", "a group with unequal rewards: try more --samples, or --reward dense"),
-    ("cispo", "a group with unequal rewards: try more --samples, or --reward dense"),
+    ("mcts", "a right answer: try more --simulations or --children, or scripts/warm_up.py first"),
+    ("none", "a right answer: try more --problems, or scripts/warm_up.py first"),
+    ("best-of-n", "a right answer: try more --samples, or scripts/warm_up.py first"),
+    ("grpo", "a group with unequal rewards: try more --samples, or scripts/warm_up.py first, or --reward dense"),
+    ("cispo", "a group with unequal rewards: try more --samples, or scripts/warm_up.py first, or --reward dense"),
 ])  # fmt: skip
 def test_steps_that_teach_nothing_are_told_and_end_a_run(tiny_config, monkeypatch, capsys, method, advice):
     """Prevents a budget that is spent on answers that are all wrong without a word."""
     monkeypatch.setattr(Policy, "grade", lambda *_, **__: Reward(-1.0, False, False, "wrong"))
-    monkeypatch.setattr(session, "IDLE", 12)
     monkeypatch.setattr(session, "Guard", partial(guard.Guard, idle=12))
-    config = tiny_config(method, tokens=0, steps=40, problems=2, failures=False, evaluations=0)
-    with pytest.raises(guard.Stopped, match="step 12: 12 steps in a row have taught the policy nothing"):
+    more = dict(tokens=0, steps=40, problems=2, failures=False, evaluations=0, reward="exact")
+    config = tiny_config(method, **more)
+    reason = f"steps in a row have taught the policy nothing, for want of {advice}"
+    with pytest.raises(guard.Stopped) as stop:
         train(config, COLLECTORS[method])
     said = capsys.readouterr().out
-    assert f"warning: this step has taught the policy nothing, for want of {advice}" in said
-    assert "the last 10 steps have" in said and "the last 12 steps have" in said
-    assert read_metrics(config.folder)[-1]["stopped"].startswith("12 steps in a row")
+    assert f"warning: this step has taught the policy nothing, for want of {advice}\n" in said
+    assert f"warning: 10 {reason}\n" in said and said.count("warning: ") == 2
+    assert str(stop.value) == f"step 12: 12 {reason}"
+    assert read_metrics(config.folder)[-1]["stopped"] == f"12 {reason}"
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "cispo", "grpo"])
+def test_a_policy_that_solves_all_problems_ends_its_budget(tiny_config, monkeypatch, capsys, method):
+    """Prevents a run that has nothing left to learn from ending as a failure, without its final policy."""
+    monkeypatch.setattr(Policy, "grade", lambda *_, **__: Reward(1.0, True, True, "right"))
+    monkeypatch.setattr(session, "Guard", partial(guard.Guard, idle=3))
+    config = tiny_config(method, tokens=0, steps=5, problems=2, failures=False, evaluations=0, test_before=False)
+    assert train(config, COLLECTORS[method])["after"].mean_at_k == 1
+    assert "warning" not in capsys.readouterr().out and (config.folder / "policy").is_dir()
 
 
 def test_plain_sampling_is_one_whole_completion_a_problem(moved, problems, tiny_config):

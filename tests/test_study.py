@@ -33,6 +33,7 @@ def programs(monkeypatch, tmp_path):
     def run(command, env, **_):
         _, program, *options = command
         folder = Path(options[options.index("--out" if "--out" in options else "--resume") + 1])
+        program = Path(program).name
         calls.append((program, options, env["OMP_NUM_THREADS"]))
         folder.mkdir(parents=True, exist_ok=True)
         if "--out" in options:
