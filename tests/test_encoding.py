@@ -19,10 +19,10 @@ def opens_text(call: ast.Call) -> bool:
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     words = {keyword.arg for keyword in call.keywords}
-    if name not in READERS or "encoding" in words:
+    if name in ("run", "Popen") and "text" in words:
+        return not {"encoding", "errors"} <= words  # a program may print in another encoding
+    if name not in READERS - {"run", "Popen"} or "encoding" in words:
         return False
-    if name in ("run", "Popen"):
-        return "text" in words
     if name == "open":
         modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         is_os = isinstance(function, ast.Attribute) and getattr(function.value, "id", "") in ("os", "gzip")
@@ -41,11 +41,25 @@ def test_every_text_file_names_its_encoding(file):
 @pytest.mark.parametrize("command", [
     "-m experiments.plots summary results/compare/mcts-seed1", "experiments/plots.py table results/compare/none-seed1",
     "ppo.py --help", "ppo.py --help-all", "evaluate.py --help", "evaluate.py models/√", "scripts/make_data.py --help",
+    "scripts/doctor.py", "tests/fuzz.py --count 10", "benchmarks/scaling.py --help",
 ])  # fmt: skip
 def test_every_terminal_and_pipe_gets_its_text(command, encoding):
     """Prevents a UnicodeEncodeError after the work is done, because a pipe lacks an arrow, a dash or a bar."""
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, cwd=KIT, env=environment)
     said = (done.stdout + done.stderr).decode(encoding)
-    assert done.returncode == (2 if "√" in command else 0), said
+    assert done.returncode in (2 if "√" in command else 0, "doctor" in command), said
     assert len(said) > 40 and "UnicodeEncodeError" not in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("program", ["ppo.py --out", "evaluate.py", "scripts/make_data.py --out"])
+def test_a_name_that_the_machine_can_not_write_is_refused(program, tmp_path):
+    """Prevents an error of a library, which names no cause, after the run has begun."""
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
+    script, *options = program.split()
+    command = [sys.executable, KIT / script, *options, "rün"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    if done.returncode == 0:
+        pytest.skip("names are UTF-8 here, whatever the locale")
+    assert done.returncode == 2 and done.stderr.endswith(b"lacks: set the variable PYTHONUTF8=1\n")
+    assert done.stderr.count(b"error") == 1 and not list(tmp_path.iterdir())

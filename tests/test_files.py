@@ -1,11 +1,15 @@
 """Tests of runtime/files.py: files are written whole or not at all, and what is wrong with one costs one line."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from runtime import files
+from config import preset_for
+from runtime import files, loading, report, run_folder
+from runtime.scores import Score
+from sampling import Progress, Usage
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -35,3 +39,35 @@ def test_a_gpu_out_of_memory_is_no_full_disk(tmp_path):
     """Prevents advice about the disk where --rows should be lowered."""
     with pytest.raises(torch.OutOfMemoryError), files.writing(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+NAMES = ["plain", "two words", "it's", 'a "quote"', "$HOME", "rün", "-run", "--resume", "a;b", "(1)"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_in_advice_can_be_typed(name, tmp_path, monkeypatch):
+    """Prevents advice that a shell takes apart at a blank, and a folder that a program takes for an option."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name)
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    advice = []
+    for refused in (run_folder.check_unused, loading.locate):
+        with pytest.raises(ValueError) as error:
+            refused(folder)
+        advice.append(str(error.value).partition("--resume ")[2].partition(" or ")[0].rstrip(","))
+    score = Score(1, 1, 0, 0, 0, 0, 0, 0, 0, 0, Usage(), [0])
+    text = report.ending({"after": score}, Progress(), preset_for("tiny", "mcts").change(out=folder))
+    advice.append(text.partition("evaluate.py ")[2].partition(" --search")[0])
+    for typed in advice:
+        (argument,) = shlex.split(typed)
+        assert Path(argument) == folder and not argument.startswith("-")
+    assert shlex.split(text.partition("next: ")[2])[:2] == ["python", str(files.KIT / "evaluate.py")]
+
+
+def test_on_windows_a_path_has_double_quotes(monkeypatch):
+    """Prevents single quotes, which cmd.exe takes for letters."""
+    monkeypatch.setattr(files.os, "name", "nt")
+    typed = [files.typed(path) for path in ("runs/plain", "my runs", "-run")]
+    monkeypatch.undo()
+    assert typed == ["runs/plain", '"my runs"', "./-run"]

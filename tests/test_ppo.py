@@ -516,7 +516,9 @@ def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.command(lambda: program(collectors={"none": interrupted}))
     assert stop.value.code == 130
-    assert capsys.readouterr().err.endswith(f"interrupted; to go on: python ppo.py --resume {config.folder}\n")
+    assert capsys.readouterr().err.endswith(
+        f"interrupted; to go on: python /somewhere/ppo.py --resume {config.folder}\n"
+    )
     monkeypatch.setattr(launch, "parse", lambda *_: (replace(config, out=config.folder / "other"), False))
     monkeypatch.setattr(session, "load_policy", interrupted)
     with pytest.raises(SystemExit):
