@@ -29,7 +29,7 @@ fuzz: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(ARGS)
 
 # the study behind results/, hours on a laptop: it skips runs that are done and resumes interrupted ones
-STAGES := tune compare samples targets rivals ablate cold fresh search
+STAGES := tune compare samples targets rivals ablate equal cold fresh search
 study: .venv/installed
 	set -e; for stage in $(STAGES); do $(BIN)/python -m experiments.study $$stage; done
 	test -e results/critic.json || $(BIN)/python -m experiments.oracle assets/tiny runs/compare/mcts-seed1 \

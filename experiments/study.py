@@ -6,6 +6,7 @@
     python -m experiments.study targets    # what a tree may teach (distill.py), validation
     python -m experiments.study rivals     # what may help the other methods: wrong answers, colder samples …
     python -m experiments.study ablate     # one choice of the search changed at a time, on the test problems, 3 seeds
+    python -m experiments.study equal      # the search at as many decoded tokens as its rivals, 3 seeds
     python -m experiments.study cold       # their policies on the test problems again, at the post's temperature
     python -m experiments.study fresh      # compare, and distinct whole answers, on 820 problems that decided nothing
     python -m experiments.study search     # search at test time against best-of-N, before and after distillation
@@ -83,7 +84,7 @@ SWEEP = {  # stage samples has these steps, stage compare those of the preset
     "cispo": ("4x16", "8x8", *DISTINCT_SAMPLES),
     "none": ("64x1",),
 }
-TARGETS = {lesson: f"--lesson {lesson}" for lesson in LESSONS if lesson != "best-path"}
+TARGETS = {lesson: f"--lesson {lesson}" for lesson in LESSONS if lesson not in ("best-path", "visits")}  # see ABLATIONS
 RLVR = "--failures --reward exact --kl-coefficient 0 --normalize token"  # what is usual with verifiable rewards
 RIVALS = {  # options that may help a method, and the methods that they are tried with
     "failures": ("--failures", ("best-of-n", "cispo", "none")),
@@ -135,7 +136,7 @@ Jobs = Iterator[tuple[str, str]]  # a name and a command line for each run
 class StudyConfig:
     """Run a stage of the study, or go on with it."""
 
-    stage: tyro.conf.Positional[str]  # tune, compare, samples, targets, rivals, ablate, cold, fresh, search, chat
+    stage: tyro.conf.Positional[str]  # a stage above: tune, compare, samples …
     seeds: int = 5  # of compare, samples, cold and fresh; ablate takes at most 3, chat at most 2
     jobs: int = 2  # runs at a time
     methods: tuple[str, ...] = tuple(METHODS)  # of all stages but targets, ablate and search
@@ -183,8 +184,15 @@ def rivals(config: StudyConfig) -> Jobs:
 
 
 def ablate(config: StudyConfig) -> Jobs:
-    for seed, (name, options) in product(range(1, min(config.seeds, 3) + 1), ABLATIONS.items()):
-        yield f"{name}-seed{seed}", f"{METHODS['mcts']} --seed {seed} {options} {BUDGET} {TEST}"
+    for seed, (name, options) in product(range(1, config.seeds + 1), ABLATIONS.items()):
+        if seed <= 3 or name == "answers-all":  # which decided a default
+            yield f"{name}-seed{seed}", f"{METHODS['mcts']} --seed {seed} {options} {BUDGET} {TEST}"
+
+
+def equal(config: StudyConfig) -> Jobs:
+    """The search until it has decoded as many tokens as best-of-4 and CISPO of stage compare."""
+    for seed in range(1, min(config.seeds, 3) + 1):
+        yield f"mcts-seed{seed}", f"{METHODS['mcts']} --seed {seed} --tokens 690000 {TEST}"
 
 
 def cold(config: StudyConfig) -> Jobs:
@@ -221,7 +229,8 @@ def chat(config: StudyConfig) -> Jobs:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (tune, compare, samples, targets, rivals, ablate, cold, fresh, search, chat)
+    stage.__name__: stage
+    for stage in (tune, compare, samples, targets, rivals, ablate, equal, cold, fresh, search, chat)
 }
 EVALUATED = ("cold", "fresh", "search")  # stages that train nothing
 

@@ -92,13 +92,12 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of a file, each with its place. The content tells the format, whatever the file's name."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.is_file():  # a pipe could be read once only
         raise ValueError(
             f"there is no file {path}. Of a data set of Hugging Face, pass a file: "
             f"hf download NAME --repo-type dataset --local-dir FOLDER"
-        ) from None
+        )
+    content = path.read_bytes()
     if content.startswith(b"PAR1"):
         yield from enumerated("row", parquet_rows(path))
         return

@@ -82,8 +82,9 @@ def show(bar: tqdm, progress: Progress, row: dict) -> None:
 def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
     """The table at the end of a run, and what to do next."""
     folder, best = typed(config.folder), "best/, " if config.measuring.evaluations else ""
+    tested = min([config.measuring.test_problems, *(score.problems for score in scores.values())])
     lines = [
-        f"\n{config.method} ({config.preset}, seed {config.seed}), {scores['after'].problems} held-out problems",
+        f"\n{config.method} ({config.preset}, seed {config.seed}), {tested} held-out problems",
         *(f"  {when:7s} {score.line()}" for when, score in scores.items()),
         f"  {progress.step} steps, {progress.generated:,} tokens generated, {progress.decoded:,} decoded, "
         f"{progress.prefilled:,} prefilled, {progress.valued:,} read by the critic, {progress.seconds / 60:.1f} min",

@@ -13,7 +13,7 @@ def unread(config: object) -> dict[str, str]:
     A setting that decides speed or memory alone is read. `config`: a Config, or an Evaluation of evaluate.py.
     """
     s = defaultdict(lambda: None, flatten(config))  # None for a setting that the method does not have
-    evaluates = "budget" in s or "skip" in s
+    evaluates = "skip" in s
     torch_draws = samples_with_torch(s)
     learns_nothing = s["learning_rate"] == 0 and not s["value_learning_rate"]
     rules = (  # a condition, the settings that it leaves without effect, and why

@@ -1,9 +1,10 @@
 """What the tests share: a small random policy, made here, and a fake sampler with a known distribution."""
 
+import runtime.threads
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from dataclasses import replace
 

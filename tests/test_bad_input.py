@@ -355,7 +355,9 @@ def place(tmp_path_factory, checkpoint):
         (place / f"{name}.jsonl").write_bytes(text)
 
     (place / "models.png").mkdir()
-    (place / "scores.json").write_text('{"scores": [], "model": "a", "search": "mcts", "children": 2}')
+    (place / "scores.json").write_text(
+        '{"scores": [], "model": "a", "search": "mcts", "children": 2}', encoding="utf-8"
+    )
     for name, settings in {
         "words": '{"seed": "one", "tree": {}}',
         "list": '{"learning": {"temperature": [1]}, "tree": {}}',
@@ -367,7 +369,7 @@ def place(tmp_path_factory, checkpoint):
         "older": '{"min_p": 0.3}',
     }.items():
         (place / "runs" / name).mkdir(parents=True)
-        (place / "runs" / name / "config.json").write_text(settings)
+        (place / "runs" / name / "config.json").write_text(settings, encoding="utf-8")
 
     def model(name, **changes):
         folder = shutil.copytree(checkpoint, place / "models" / name)
@@ -376,14 +378,16 @@ def place(tmp_path_factory, checkpoint):
         return folder
 
     (model("no-template") / "chat_template.jinja").unlink()
-    (model("no-system") / "chat_template.jinja").write_text("{{ raise_exception('no system text here') }}")
-    (model("bad-template") / "chat_template.jinja").write_text("{% for")
+    (model("no-system") / "chat_template.jinja").write_text(
+        "{{ raise_exception('no system text here') }}", encoding="utf-8"
+    )
+    (model("bad-template") / "chat_template.jinja").write_text("{% for", encoding="utf-8")
     edit(model("no-end") / "tokenizer_config.json", eos_token=None)
-    (model("no-tokenizer") / "tokenizer.json").write_text("{")
-    (model("no-json") / "config.json").write_text("{")
+    (model("no-tokenizer") / "tokenizer.json").write_text("{", encoding="utf-8")
+    (model("no-json") / "config.json").write_text("{", encoding="utf-8")
     (model("no-weights") / "model.safetensors").unlink()
-    (model("shards") / "model.safetensors.index.json").write_text("{")
-    (model("map") / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    (model("shards") / "model.safetensors.index.json").write_text("{", encoding="utf-8")
+    (model("map") / "model.safetensors.index.json").write_text('{"weight_map": []}', encoding="utf-8")
     model("unknown", model_type="made-up")
     model("odd", hidden_size="wide")
     model("conv", layer_types=["full_attention", "conv"])
@@ -393,7 +397,7 @@ def place(tmp_path_factory, checkpoint):
     save_policy(load_policy(checkpoint, lora_rank=2), place / "models" / "adapter")
     shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-json")
     edit(place / "models" / "adapter" / "adapter_config.json", base_model_name_or_path="/no/base")
-    (place / "models" / "adapter-json" / "adapter_config.json").write_text("{")
+    (place / "models" / "adapter-json" / "adapter_config.json").write_text("{", encoding="utf-8")
     shutil.copytree(place / "models" / "adapter", place / "models" / "adapter-base")
     edit(place / "models" / "adapter-base" / "adapter_config.json", base_model_name_or_path=3)
     return place

@@ -29,7 +29,7 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path, monkeypatch, capsys, 
     """Prevents a benchmark that fails after its minutes."""
     monkeypatch.setattr("sys.argv", [module.__name__, *args.split(), "--out", str(tmp_path / "deep" / "table.json")])
     module.main()
-    written = json.loads((tmp_path / "deep" / "table.json").read_text())
+    written = json.loads((tmp_path / "deep" / "table.json").read_text(encoding="utf-8"))
     assert written[key] and written["torch"] and "|---|" in capsys.readouterr().out
 
 
@@ -40,7 +40,7 @@ def test_steps_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
     args += f" --problems 2 --simulations 4 --out {tmp_path}"
     monkeypatch.setattr("sys.argv", [one_gpu.__name__, *args.split()])
     one_gpu.main()
-    written = json.loads((tmp_path / "one_gpu.json").read_text())
+    written = json.loads((tmp_path / "one_gpu.json").read_text(encoding="utf-8"))
     samples, tree, *refused = written["steps"]
     assert samples["trajectories"] == 2 and samples["update_seconds"] > 0 and tree["sampler_seconds"] > 0
     assert all("GB of GPU memory" in row["error"] for row in refused) and len(refused) == 2
@@ -75,7 +75,7 @@ def test_a_side_makes_the_step_it_is_asked_for(tmp_path):
     batch = training.tiny_batch()
     for name in ("prompts", "completions", "logprobs", "advantages"):
         batch[name] = batch[name][:32]
-    (tmp_path / "batch.json").write_text(json.dumps(batch | {"threads": 1}))
+    (tmp_path / "batch.json").write_text(json.dumps(batch | {"threads": 1}), encoding="utf-8")
     side = training.Side("kit", str(tmp_path), "512")
     side.step()
     side.step()
@@ -103,7 +103,9 @@ def test_tokens_to_a_score_are_those_of_the_logs(tmp_path, monkeypatch):
     for seed, scores in enumerate([(0.05, 0.2), (0.2, 0.3), (0.05, 0.05)]):
         (tmp_path / f"run-{seed}").mkdir()
         rows = [{"step": i, "generated": 500_000 * i} | {"eval_mean": s} for i, s in enumerate(scores, 1)]
-        (tmp_path / f"run-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"run-{seed}" / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     monkeypatch.setattr(learning, "KIT", tmp_path)
     assert learning.millions_to(0.1, "run-*") == 1.0 and learning.millions_to(0.1, "run-1") == 0.5
     assert learning.millions_to(0.1, "run-2") is None and learning.millions_to(0.1, "none-*") is None
@@ -159,7 +161,9 @@ def test_lost_and_doubled_shards_are_reported(tmp_path):
 
     def account(*shards, age=1):
         rows = [{"step": i + 1, "shards": trained, "age_max": age} for i, trained in enumerate(shards)]
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 0}, *rows]))
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [{"step": 0}, *rows]), encoding="utf-8"
+        )
         return cluster_test.account(test, tmp_path)
 
     first, second = [[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]

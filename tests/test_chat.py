@@ -68,7 +68,7 @@ def chat(tmp_path, qwen):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize("template, expected, end", TEMPLATES.values(), ids=TEMPLATES)
@@ -165,8 +165,8 @@ def test_a_generation_config_that_cannot_be_saved_does_no_harm(chat, tmp_path, o
     """Prevents a run that dies at its first checkpoint, after the whole first test: transformers refuses to save what
     it has loaded. The stop ids are kept, for the kit and for others."""
     folder = chat(TEMPLATES["chatml"][0])
-    saved = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(saved | odd))
+    saved = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps(saved | odd), encoding="utf-8")
     policy = load_policy(folder)
     save_policy(policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved", train=False)

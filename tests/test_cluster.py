@@ -190,7 +190,7 @@ def inline(monkeypatch, tiny_config):
 def step(collector, config, number):
     """A step, and its row of metrics."""
     row = collector(SimpleNamespace(version=number, trained_weights=dict), None, None, config, None)
-    with (config.folder / "metrics.jsonl").open("a") as file:
+    with (config.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": number + 1} | row[2]) + "\n")
     return row
 
@@ -313,7 +313,7 @@ def stumble(policy, sampler, problems, config, rng):
             and policy.version == version
             and not (flag := config.folder / f"accident{version}").exists()
         ):
-            flag.write_text(ray.get_runtime_context().get_task_id())
+            flag.write_text(ray.get_runtime_context().get_task_id(), encoding="utf-8")
             sampler.sample([policy.encode(problems[0])], [0], SamplingParams(1, max_tokens=4))
             accident()
     return COLLECTORS[config.method](policy, sampler, problems, config, rng)
@@ -356,7 +356,7 @@ def test_without_staleness_a_cluster_is_one_process_whatever_happens(
     def get(call, timeout, get=ray.get, hangs=tmp_path / "many" / "accident2"):
         """A generator that hangs runs out of time, one that is slow on a busy machine does not."""
         while not ray.wait([call], timeout=timeout)[0]:
-            if hangs.exists() and hangs.read_text() == call.task_id().hex():
+            if hangs.exists() and hangs.read_text(encoding="utf-8") == call.task_id().hex():
                 return get(call, timeout=0)
         return get(call)
 
@@ -416,7 +416,9 @@ def test_the_command_starts_ray_and_ends_it(tmp_path, checkpoint):
     options += "--max-tokens 8 --simulations 4 --step-tokens 4 --train-problems 20 --eval-problems 2 "
     options += "--test-problems 2 --test-samples 1 --cluster local --generators 1"
     kit = Path(ppo.__file__).parent
-    done = subprocess.run([sys.executable, kit / "ppo.py", *options.split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, kit / "ppo.py", *options.split()], capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
     assert run_folder.finished(tmp_path / "run")

@@ -230,7 +230,9 @@ def test_the_help_of_a_program_is_short_and_loads_no_torch(program):
         "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
         f"sys.argv = [{program!r}, '--help']; sys.path.insert(0, '.'); runpy.run_path({program!r}, run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
     assert (done.returncode, done.stderr) == (0, "False\n")
     assert 10 < done.stdout.count("\n") < 60 and "--learning-rate" in done.stdout
 
@@ -243,7 +245,7 @@ SAVED = Config(seed=3, out="elsewhere").change(lora_rank=4, quantize="nf4", simu
 def save(folder, change=lambda saved: None):
     saved = json.loads(json.dumps(asdict(SAVED), default=str)) | {"provenance": {"torch": "2"}}
     change(saved)
-    (folder / "config.json").write_text(json.dumps(saved))
+    (folder / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     return str(folder)
 
 
@@ -299,7 +301,7 @@ def test_a_resumed_run_keeps_its_method(tmp_path, capsys):
 def test_a_folder_that_is_no_run_can_not_be_resumed(tmp_path, text, message):
     """Prevents a traceback for a mistyped or torn folder."""
     if text is not None:
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         parse(["--resume", str(tmp_path)], "mcts")
 

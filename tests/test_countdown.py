@@ -242,7 +242,10 @@ def test_impossible_requests_are_refused_instead_of_running_for_ever(call, messa
 
 def test_problems_are_read_as_written(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"numbers": [3, 3, 8, 8], "target": 24}\n{"target": 5, "numbers": [2, 3], "note": "kept out"}\n')
+    path.write_text(
+        '{"numbers": [3, 3, 8, 8], "target": 24}\n{"target": 5, "numbers": [2, 3], "note": "kept out"}\n',
+        encoding="utf-8",
+    )
     assert read_problems(path) == [Problem((3, 3, 8, 8), 24), Problem((2, 3), 5)]
 
 
@@ -265,7 +268,7 @@ def test_problems_are_read_as_written(tmp_path):
 def test_a_bad_line_of_a_data_file_is_named(tmp_path, line):
     """Prevents a long run from starting on a damaged file, and a search for the damage by hand."""
     path = tmp_path / "problems.jsonl"
-    path.write_text(f'{{"numbers": [1, 2], "target": 3}}\n{line}\n')
+    path.write_text(f'{{"numbers": [1, 2], "target": 3}}\n{line}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="problems.jsonl, line 2: not a problem"):
         read_problems(path)
 
@@ -289,7 +292,7 @@ def test_make_data_runs_as_a_module_and_as_a_file(tmp_path, program):
     """Prevents the ModuleNotFoundError of a script in a folder of its own."""
     sizes = "--train 9 --validation 0 --test 2 --plays 50 --preview 1".split()
     command = [sys.executable, *program, "--out", str(tmp_path), *sizes]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 4
     assert len(read_problems(tmp_path / "train.jsonl")) == 9
 

@@ -30,7 +30,9 @@ def write_parquet(path, rows):
 
 def write_lines(path, problems):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"numbers": p.numbers, "target": p.target}) + "\n" for p in problems))
+    path.write_text(
+        "".join(json.dumps({"numbers": p.numbers, "target": p.target}) + "\n" for p in problems), encoding="utf-8"
+    )
     return path
 
 
@@ -133,7 +135,7 @@ BAD = [
 def test_a_bad_line_is_named(tmp_path, row):
     """Prevents a run on other problems than those of the file, a traceback, and a search for the damage by hand."""
     path = tmp_path / "problems.jsonl"
-    path.write_text(f"{json.dumps(ROWS[0])}\n\n{row}\n{json.dumps(ROWS[1])}\n")
+    path.write_text(f"{json.dumps(ROWS[0])}\n\n{row}\n{json.dumps(ROWS[1])}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"problems.jsonl, line 3: not a problem \(.+\)$") as error:
         read_problems(path)
     assert len(str(error.value)) < 300 + len(str(path)) and "\n" not in str(error.value)
@@ -143,10 +145,10 @@ def test_a_bad_line_is_named(tmp_path, row):
 def test_a_bad_item_of_an_array_is_named(tmp_path, row):
     """Prevents the same of a JSON array."""
     path = tmp_path / "problems.json"
-    path.write_text(f"[{json.dumps(ROWS[0])},\n{row}]")
+    path.write_text(f"[{json.dumps(ROWS[0])},\n{row}]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"problems.json, item 2: not a problem \(.+\)$"):
         read_problems(path)
-    path.write_text(f"[{json.dumps(ROWS[0])},\n{row}")
+    path.write_text(f"[{json.dumps(ROWS[0])},\n{row}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"problems.json, line 2: not a problem \(.+\)$"):
         read_problems(path)
 
@@ -165,7 +167,7 @@ def test_a_bad_row_of_a_table_is_named(tmp_path, row):
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", "\ufeff"])
 def test_a_file_without_a_problem_is_told(tmp_path, content):
     """Prevents a run on nothing."""
-    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="a.json is empty: it holds no problem"):
         read_problems(tmp_path / "a.json")
 
@@ -243,7 +245,7 @@ def test_problems_that_the_embedded_policy_does_not_know_are_told(tmp_path, prob
     """Prevents hours with a policy that has never seen such problems; also of a run that began with it."""
     (tmp_path / "run" / "policy").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").touch()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(Path(TINY).absolute())}))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(Path(TINY).absolute())}), encoding="utf-8")
     for model in (TINY, str(Path(TINY).absolute()), str(tmp_path / "run"), str(tmp_path / "run" / "policy")):
         (line,) = data.unfamiliar([Problem(problem, 3)] * 4, model) or [""]
         assert ("pretrained on 4 numbers from 1 to 13, and 4 of 4 problems are others" in line) == is_other
@@ -319,19 +321,28 @@ def test_a_run_goes_on_with_the_same_problems_alone(trained, folder, capsys):
     with pytest.raises(ValueError, match="data is gone, the problems of .*: pass --data with their new place"):
         resume()
     assert resume("--data", moved).task.data == moved
-    with (moved / "test.jsonl").open("a") as file:
+    with (moved / "test.jsonl").open("a", encoding="utf-8") as file:
         file.write(LINES)
     assert "moved does not hold the problems that the run began with" in refused("--data", moved)
     assert resume("--data", moved, "--force").task.data == moved
+
+
+def test_a_resumed_run_keeps_its_problems_and_checksums(trained):
+    """Prevents a second interruption after which nobody knows what the run began with."""
+    begun = read_settings(trained)["provenance"]["data"]
+    for steps in ("4", "6"):
+        config, _ = cli.parse(["--resume", str(trained), "--steps", steps, "--force"], "none")
+        ppo.train(config, ppo.COLLECTORS["none"], resume=True)
+        assert read_settings(trained)["provenance"]["data"] == begun and read_metrics(trained)[-1]["step"] == int(steps)
 
 
 @pytest.mark.parametrize("settings", ["3", "[1]", "true", '{"a": 1}'])
 def test_a_damaged_place_is_told(trained, settings):
     """Prevents a traceback for a config.json whose data is no path."""
     file = trained / "config.json"
-    saved = json.loads(file.read_text())
+    saved = json.loads(file.read_text(encoding="utf-8"))
     saved["task"]["data"] = json.loads(settings)
-    file.write_text(json.dumps(saved))
+    file.write_text(json.dumps(saved), encoding="utf-8")
     with pytest.raises(ValueError, match="config.json is damaged"):
         cli.parse(["--resume", str(trained)], "none")
 
@@ -383,7 +394,7 @@ def test_a_run_is_evaluated_on_its_own_test(trained, folder, capsys):
     moved.rename(folder)
     found, said = evaluated([trained, "--data", folder / "train.jsonl"], capsys)
     assert found == make_splits(**SIZES)["train"] and "60 of 60 test problems have the numbers of a training" in said
-    (folder / "test.jsonl").write_text(LINES)
+    (folder / "test.jsonl").write_text(LINES, encoding="utf-8")
     with pytest.raises(ValueError, match="has changed since .* was trained with it: pass --data with other problems"):
         evaluated([trained], capsys)
     assert evaluated([trained, "--data", folder / "test.jsonl"], capsys)[0] == TWO
@@ -404,4 +415,4 @@ def test_evaluate_reads_every_format(checkpoint, tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
     for file in (write_parquet(tmp_path / "a.parquet", ROWS), write_lines(tmp_path / "b.jsonl", TWO)):
         command(monkeypatch, checkpoint, "--data", file, "--samples", 1, "--out", out)
-        assert json.loads(out.read_text())["problems"] == 2
+        assert json.loads(out.read_text(encoding="utf-8"))["problems"] == 2

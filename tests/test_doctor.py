@@ -14,7 +14,9 @@ import pytest
 from scripts import doctor
 
 CARD = "NVIDIA RTX 4090, 24564 MiB, 580.95"
-LOWEST = dict(re.findall(r"^([\w-]+)[=>]=([\d.]+)", (doctor.KIT / "requirements.txt").read_text(), re.M))
+LOWEST = dict(
+    re.findall(r"^([\w-]+)[=>]=([\d.]+)", (doctor.KIT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+)
 
 
 def fake_torch(cuda="13.0", free=20, total=24, capability=(8, 9)):
@@ -46,7 +48,7 @@ def examine(monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("PATH", str(tmp_path))
         if smi:
             script = tmp_path / "nvidia-smi"
-            script.write_text(f"#!/bin/sh\nprintf '{smi}'\n")
+            script.write_text(f"#!/bin/sh\nprintf '{smi}'\n", encoding="utf-8")
             script.chmod(0o755)
         with pytest.raises(SystemExit) as stop:
             doctor.main()
@@ -148,7 +150,11 @@ def test_it_runs_without_the_kit(tmp_path):
     """Prevents a doctor that needs what it is to find missing: in a Python of its own it imports nothing of the kit."""
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, doctor.__file__], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-I", "-S", "-c", code, doctor.__file__],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 1 and not done.stderr
     assert "not ready: packaging missing" in done.stdout and "torch fails: ModuleNotFoundError" in done.stdout
@@ -159,7 +165,7 @@ def test_an_old_python_is_refused(examine, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     text, code = examine()
     assert code == 1 and "not ready: Python 3.10 or newer is needed" in text
-    tree = ast.parse(Path(doctor.__file__).read_text(), feature_version=(3, 9))
+    tree = ast.parse(Path(doctor.__file__).read_text(encoding="utf-8"), feature_version=(3, 9))
     assert "annotations" in [name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names]
 
 

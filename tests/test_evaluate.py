@@ -223,10 +223,10 @@ def test_command_line_prints_and_writes_a_result_for_each_budget(
     """Prevents a result file whose settings overwrite what was found (it counts the problems that were graded), and a
     budget that is left out."""
     data, out = tmp_path / "problems.jsonl", tmp_path / "result.json"
-    data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3)
+    data.write_text('{"numbers": [2, 3], "target": 5}\n' * 3, encoding="utf-8")
     own = ("--samples", 2) if search == "none" else ("--budget", 40, 800)
     command(monkeypatch, checkpoint, "--search", search, "--data", data, "--out", out, *own, *more.split())
-    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    result, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
     assert (result["method"], result["max_tokens"]) == (search, 8)
     assert result.get("budget") == (None if search == "none" else [40, 800])
     assert (result["problems"], result["size"]) == (3, None)
@@ -253,18 +253,18 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     assert asked == [((5, "test"), {"size": 4}), ((7, "test"), {"size": 4})]
     assert capsys.readouterr().out.count("mean@16") == 2
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.json").write_text('{"task": {"max_tokens": 512}}')
+    (tmp_path / "config.json").write_text('{"task": {"max_tokens": 512}}', encoding="utf-8")
     for model in (tmp_path, tmp_path / "policy"):
         with pytest.raises(ValueError, match="answers of up to 512 tokens: pass --max-tokens 512"):
             command(monkeypatch, model)
-    (tmp_path / "config.json").write_text('{"task": {"size": 3, "max_tokens": 8}}')
+    (tmp_path / "config.json").write_text('{"task": {"size": 3, "max_tokens": 8}}', encoding="utf-8")
     with pytest.raises(ValueError, match="has learnt the game with 3 numbers: pass --size 3"):
         command(monkeypatch, tmp_path)
-    (tmp_path / "config.json").write_text('{"task": {"split": "post"}}')
+    (tmp_path / "config.json").write_text('{"task": {"split": "post"}}', encoding="utf-8")
     with pytest.raises(ValueError, match="was trained with --split post, on the test's own numbers: pass --data"):
         command(monkeypatch, tmp_path)
     for damaged, message in (("3", "is damaged"), ('{"max_tokens": "x"}', "max_tokens must be a finite number")):
-        (tmp_path / "config.json").write_text(f'{{"task": {damaged}}}')
+        (tmp_path / "config.json").write_text(f'{{"task": {damaged}}}', encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             command(monkeypatch, tmp_path)
 
@@ -296,7 +296,7 @@ def test_a_result_outlives_its_reader(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "show", gone)
     with pytest.raises(BrokenPipeError):
         command(monkeypatch, checkpoint, "--problems", 2, "--samples", 1, "--out", tmp_path / "result.json")
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert len(result["scores"]) == 1 and (result["problems"], result["size"]) == (2, 4)
 
 

@@ -84,10 +84,14 @@ def test_the_page_opens_draws_and_answers_a_click(searched, tmp_path):
         click(); const told = document.getElementById("details").textContent;
         click(); document.title = [before, nodes().length, told.split("\\n")[2]].join("|");
     </script>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", clicks + "</body>"))
+    (tmp_path / "page.html").write_text(page.replace("</body>", clicks + "</body>"), encoding="utf-8")
     args = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
     done = subprocess.run(
-        ["chromium", *args, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120
+        ["chromium", *args, f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        encoding="utf-8",
     )
     visited = sum(node.visits > 0 for node in tree.nodes())
     assert f"<title>{visited}|1|visits N  {tree.root.visits}</title>" in done.stdout
@@ -103,8 +107,8 @@ def test_a_run_dumps_trees_that_plots_render(searched, tmp_path, monkeypatch, ca
     assert len(explorer.read(file)) == 2
     monkeypatch.setattr("sys.argv", ["plots.py", "tree", str(file)])
     plots.main()
-    assert "2 3 5 10 \\u2192 25" in file.with_suffix(".html").read_text()
+    assert "2 3 5 10 \\u2192 25" in file.with_suffix(".html").read_text(encoding="utf-8")
     for wrong in ("{}", "[1]", "no json"):
-        file.write_text(wrong)
+        file.write_text(wrong, encoding="utf-8")
         with pytest.raises(ValueError, match="holds no trees"):
             plots.main()

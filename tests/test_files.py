@@ -25,7 +25,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="disk full"):
         files.write(path, "new text")
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.parametrize("error", [OSError(), RuntimeError(), RuntimeError("\n")])
@@ -41,7 +41,7 @@ def test_a_gpu_out_of_memory_is_no_full_disk(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-NAMES = ["plain", "two words", "it's", 'a "quote"', "$HOME", "rün", "-run", "--resume", "a;b", "(1)"]
+NAMES = ["plain", "two words", "it's", 'a "quote"', "$HOME", "rün", "-run", "--force", "a;b", "(1)"]
 
 
 @pytest.mark.parametrize("name", NAMES)

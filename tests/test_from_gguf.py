@@ -127,7 +127,7 @@ def test_weights_are_the_files_in_bfloat16(folder, weights):
 def test_the_policy_computes_what_the_files_model_does(folder, reference):
     """Prevents a lost rotation base, norm epsilon or head count, and weights that claim to be still quantized."""
     policy = load_policy(folder)
-    assert "quantization_config" not in (folder / "config.json").read_text()
+    assert "quantization_config" not in (folder / "config.json").read_text(encoding="utf-8")
     assert policy.lm.lm_head.weight is policy.lm.model.embed_tokens.weight and policy.lm.dtype == torch.float32
     expected = copy.deepcopy(reference)
     expected.load_state_dict(policy.lm.state_dict())  # so that only the settings can differ
@@ -226,15 +226,18 @@ def test_a_torn_file_is_refused(weights, convert, tmp_path, capsys, size):
 def test_bad_input_is_one_line(weights, convert, tmp_path, capsys, monkeypatch):
     """Prevents tracebacks for wrong paths and a missing package, and a model that is written over."""
     file, text, out = write_gguf(tmp_path / "small.gguf", weights), tmp_path / "text", tmp_path / "out"
-    text.write_text("no model at all")
+    text.write_text("no model at all", encoding="utf-8")
     assert "No such file" in refused(convert, capsys, tmp_path / "none.gguf", out)
     assert "not a whole GGUF file" in refused(convert, capsys, text, out)
     assert "folder" in refused(convert, capsys, file)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'gguf" in refused(convert, capsys, file, out)
     out.mkdir()
-    (out / "config.json").write_text("{}")
-    assert "exists already" in refused(convert, capsys, file, out) and (out / "config.json").read_text() == "{}"
+    (out / "config.json").write_text("{}", encoding="utf-8")
+    assert (
+        "exists already" in refused(convert, capsys, file, out)
+        and (out / "config.json").read_text(encoding="utf-8") == "{}"
+    )
 
 
 def test_a_folder_is_written_whole_or_not_at_all(weights, convert, tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ ALGORITHM = MODULES.keys() - DOORS
 def imports(file: Path) -> set[str]:
     """The first names of all imports of a file, those inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -66,18 +66,18 @@ def test_the_algorithm_loads_without_torch():
 
 def test_the_root_stays_small():
     """Prevents a house that outgrows its reader."""
-    lines = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
+    lines = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in MODULES.items()}
     assert len(lines) <= 11 and sum(lines.values()) <= 2_400 and lines["ppo"] <= 350
 
 
 def test_the_readme_lists_the_root_modules():
     """Prevents a file that a newcomer is not told of, and one that is gone."""
-    assert set(re.findall(r"^(\w+)\.py  ", (ROOT / "README.md").read_text(), re.M)) == MODULES.keys()
+    assert set(re.findall(r"^(\w+)\.py  ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)) == MODULES.keys()
 
 
 def test_the_loop_of_the_readme_is_the_trainer(tmp_path):
     """Prevents a loop that a student copies and that trains another method than ppo.py."""
-    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(loop.splitlines()) <= 15
     shorter = {"steps": 2, "tokens": 0, "problems": 4}
     preset = 'preset_for("tiny", "mcts")'

@@ -14,7 +14,7 @@ from runtime.weights import save_policy
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_is_no_model_folder_is_told_with_what_to_do(tmp_path, checkpoint, n
         path.mkdir(parents=True)
     for path in (gguf, folder / "model-q4.gguf", *(other / name for name in "edcba")):
         path.write_bytes(b"GGUF")
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text("{}", encoding="utf-8")
     shutil.copytree(checkpoint, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     convert = "is GGUF: convert it first, python -m scripts.from_gguf FILE.gguf FOLDER"
@@ -65,7 +65,7 @@ def test_what_is_no_model_folder_is_told_with_what_to_do(tmp_path, checkpoint, n
     assert refused(weights) == f"{weights} is a file: pass the folder of a Hugging Face model"
     assert refused(other) == f"{other} is no model folder: it has no config.json (it holds a, b, c, d)"
     assert refused(tmp_path / "run" / "checkpoint").endswith("it has no config.json (it holds nothing)")
-    assert f"--resume, or pass {run}/checkpoint" in refused(run)
+    assert f"--resume {run}, or pass {run}/checkpoint" in refused(run)
     assert refused(pickled) == f"{pickled} holds no safetensors weights; pickled ones (.bin) are not read"
 
 
@@ -85,7 +85,7 @@ def test_a_broken_model_is_told_in_one_line(tmp_path, checkpoint, no_network, br
     elif broken == "shape":
         edit(folder / "config.json", hidden_size=32)
     elif broken == "json":
-        (folder / "config.json").write_text("{")
+        (folder / "config.json").write_text("{", encoding="utf-8")
     elif broken == "type":
         edit(folder / "config.json", model_type="made-up")
     elif broken == "tensor":
@@ -139,7 +139,7 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path, checkpoint, model_typ
     names = {f"Auto{kind}": "evil.Evil" for kind in ("Config", "Model", "ModelForCausalLM")}
     edit(folder / "config.json", model_type=model_type, auto_map=names)
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n", encoding="utf-8")
     if model_type == "qwen2":
         assert type(load_policy(folder).lm).__name__ == "Qwen2ForCausalLM"
     else:
@@ -160,9 +160,9 @@ def test_unusable_settings_and_models_are_refused(checkpoint, tmp_path):
 def test_a_tokenizer_without_a_pad_token_gets_one(checkpoint, tmp_path):
     """Prevents a crash in the first batch of a model such as Llama."""
     bare = shutil.copytree(checkpoint, tmp_path / "bare")
-    saved = json.loads((bare / "tokenizer_config.json").read_text())
+    saved = json.loads((bare / "tokenizer_config.json").read_text(encoding="utf-8"))
     del saved["pad_token"]
-    (bare / "tokenizer_config.json").write_text(json.dumps(saved))
+    (bare / "tokenizer_config.json").write_text(json.dumps(saved), encoding="utf-8")
     policy = load_policy(bare)
     assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == 1
 

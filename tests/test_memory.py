@@ -343,7 +343,7 @@ def test_unusable_models_are_one_line(few, tmp_path):
     for file in ("config.json", "tokenizer.json"):
         folder = tmp_path / file
         shutil.copytree(few, folder)
-        (folder / file).write_text("{")
+        (folder / file).write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match="can't load") as error:
             plan(QWEN.change(model=str(folder), gpu_memory=8.0), "cpu")
         assert "\n" not in str(error.value)

@@ -55,7 +55,7 @@ MIXTURES = [
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def make_model(tmp_path, checkpoint):
 
     def make(kind=LlamaConfig, **settings):
         folder = shutil.copytree(checkpoint, tmp_path / "model")
-        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         (folder / "model.safetensors").unlink()
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(kind(**{**SMALL, "vocab_size": vocabulary, **settings}))
@@ -230,9 +230,9 @@ def test_a_token_without_a_row_is_refused(tmp_path, checkpoint, monkeypatch):
     policy.tokenizer.save_pretrained(folder)
     assert len(load_policy(folder).tokenizer) > policy.lm.config.vocab_size
     template = policy.tokenizer.chat_template
-    (folder / "chat_template.jinja").write_text("<image>" + template)
+    (folder / "chat_template.jinja").write_text("<image>" + template, encoding="utf-8")
     assert "token 285 ('<image>') is used, but the embedding has 285 rows" in refused(folder)
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     policy.tokenizer.pad_token = "<image>"
     policy.tokenizer.save_pretrained(folder)
     assert "is used, but the embedding has" in refused(folder)
@@ -454,7 +454,7 @@ def test_a_tokenizer_in_parts_is_told_by_its_missing_file(tmp_path, checkpoint):
     (folder / "tokenizer.json").unlink()
     assert refused(folder).endswith("it has no tokenizer.json")
     for name in ("added_tokens.json", "merges.txt", "vocab.json"):
-        (folder / name).write_text("{}")
+        (folder / name).write_text("{}", encoding="utf-8")
     why = "it has no tokenizer.json, only vocab.json, merges.txt, added_tokens.json: AutoTokenizer.from_pretrained("
     assert why in refused(folder)
 
@@ -462,7 +462,7 @@ def test_a_tokenizer_in_parts_is_told_by_its_missing_file(tmp_path, checkpoint):
 def test_the_chat_template_may_stand_in_either_file(tmp_path, checkpoint):
     """Prevents a refusal of an older model, whose chat template is in tokenizer_config.json."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template=template)
     assert load_policy(folder).encode(Problem((1, 2), 3)) == load_policy(checkpoint).encode(Problem((1, 2), 3))
@@ -473,7 +473,7 @@ def test_the_chat_template_may_stand_in_either_file(tmp_path, checkpoint):
 def test_a_damaged_file_is_named(tmp_path, checkpoint, name, content):
     """Prevents a message about a column of an unknown file, and ends of answers that are lost without a word."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    (folder / name).write_text(content)
+    (folder / name).write_text(content, encoding="utf-8")
     assert f"/{name} is damaged" in refused(folder)
 
 

@@ -64,7 +64,7 @@ def test_critics_are_judged_from_the_command_line(tmp_path, monkeypatch, capsys)
     args = f"--problems 10 --samples 4 --out {out} --simulations 8 32 --children 2 4".split()
     monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), *args])
     oracle.main()
-    (row,) = json.loads(out.read_text())["critics"]
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["critics"]
     assert row["states"] == len(row["value"]) == len(row["in_reach"]) == len(row["best"]) > 5
     assert set(row["value"]) == {0.0} and row["auc"] == 0.5
     assert all((best == 1) == bool(reach) for best, reach in zip(row["best"], row["in_reach"]))
@@ -102,7 +102,7 @@ def test_what_was_judged_is_kept_when_the_next_model_fails(tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["oracle.py", str(TINY), str(TINY), "--out", str(tmp_path / "critic.json")])
     with pytest.raises(ValueError, match="no luck"):
         oracle.main()
-    assert json.loads((tmp_path / "critic.json").read_text())["critics"] == [{"model": str(TINY)}]
+    assert json.loads((tmp_path / "critic.json").read_text(encoding="utf-8"))["critics"] == [{"model": str(TINY)}]
 
 
 def test_a_policy_without_legal_steps_is_named(checkpoint, tmp_path, monkeypatch):

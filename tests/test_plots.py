@@ -15,7 +15,7 @@ from runtime.run_folder import read_metrics, read_settings
 
 
 def save(folder, config):
-    (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
+    (folder / "config.json").write_text(json.dumps(asdict(config), default=str), encoding="utf-8")
 
 
 @pytest.fixture
@@ -32,15 +32,15 @@ def folders(tmp_path):
         evaluation = {"eval_pass": 0.5, "eval_reward": 0.25, "eval_parsed": 1.0, "eval_k": 4}
         rows = [counters[0] | test, *(row | evaluation | {"eval_mean": 0.1 * row["step"]} for row in counters[1:])]
         rows.append(counters[4] | {key: 2 * value for key, value in test.items()} | {"test_samples": 16})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return sorted(tmp_path.iterdir())
 
 
 def test_curves_average_the_seeds_of_a_method(folders):
     """A curve that shows one seed, or shares for per cent, would mislead."""
-    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row | {"eval_mean": 3 * row["eval_mean"]} if "eval_mean" in row else row for row in lines]
-    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     axes = plots.learning_curves(folders).axes[0]
     (mean,), (band,) = axes.get_lines(), axes.collections
     assert (mean.get_xdata()[0], mean.get_xdata()[-1]) == (1_000, 4_000) and axes.get_ylabel().endswith("mean@4, %")
@@ -51,9 +51,9 @@ def test_curves_average_the_seeds_of_a_method(folders):
 
 def test_cpu_seconds_are_summed_where_they_were_recorded(folders):
     """Prevents a curve along the cost of single steps, and one at 0 for a run that has none."""
-    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row | {"cpu_seconds": 2.0} if "eval_mean" in row else row for row in lines]
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (mean,) = plots.learning_curves(folders, "cpu_seconds").axes[0].get_lines()
     assert (mean.get_xdata()[0], mean.get_xdata()[-1]) == (2, 8) and mean.get_label() == "mcts (1 seed)"
     with pytest.raises(ValueError, match="none of the runs"):
@@ -69,7 +69,9 @@ def test_table_takes_first_and_last_test_score(folders):
     )
     assert "**40.0% [40.0%, 40.0%]**" in second
     metrics = folders[0] / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().partition("\n")[2])  # a run without a test before training
+    metrics.write_text(
+        metrics.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8"
+    )  # a run without a test before training
     assert "| – | **20.0% [20.0%, 20.0%]** | – → 20.0% |" in tables.results_table(folders[:1])
 
 
@@ -112,7 +114,7 @@ def finish(folder, right, method=None, **settings):
         config = preset_for("tiny", method).change(seed=config.seed)
     save(folder, config.change(**settings))
     rows[-1] |= {"test_right": right, "test_parsed": 0.5}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_answer():
@@ -136,7 +138,9 @@ def test_a_summary_has_a_row_a_method(folders):
     assert row.startswith("| mcts | 2 | **37.5% [") and "| – | 62.5% [" in row and "mean@16" in header
     assert row.endswith("| 0.00 M | 4 | – |")
     config, rows = tables.load(folders[0])
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row | {"cpu_seconds": 30}) + "\n" for row in rows))
+    (folders[0] / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"cpu_seconds": 30}) + "\n" for row in rows), encoding="utf-8"
+    )
     cost = f"| {len(rows) * 30 / 60:.1f} min |"  # of the one that recorded it
     assert tables.summary_table(folders).endswith(cost)
     with pytest.raises(ValueError, match="two runs of mcts have the same seed: pass each run once"):
@@ -158,7 +162,7 @@ def test_methods_are_compared_at_equal_tokens_of_both_counts(folders):
     for folder, decoded in zip(folders, (900, 500)):
         rows = [{"step": i, "generated": 1_000 * i, "decoded": decoded * i, "prefilled": 0} for i in range(1, 5)]
         scores = [row | {"eval_mean": 0.1 * row["step"]} for row in rows]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores), encoding="utf-8")
     header, _, cispo, mcts = tables.tokens_table(folders).splitlines()
     assert header.endswith("| validation at 0.00 M generated | validation at 0.00 M decoded |")
     assert cispo == "| cispo | 1 | 0.00 M | 0.00 M | 2.00 | 0.00 M | **40.0%** | **40.0%** |"
@@ -168,9 +172,9 @@ def test_methods_are_compared_at_equal_tokens_of_both_counts(folders):
 def test_collapsed_seeds_are_counted_in_a_summary_and_not_averaged(folders):
     """Prevents a setting that loses two seeds of three from looking like its lucky one, or from going unmentioned."""
     finish(folders[0], [16, 8, 0, 8])
-    lines = (folders[1] / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    lines = (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]
     stopped = json.dumps(json.loads(lines[-1]) | {"stopped": "collapsed"}) + "\n"
-    (folders[1] / "metrics.jsonl").write_text("".join([*lines[:2], stopped]))
+    (folders[1] / "metrics.jsonl").write_text("".join([*lines[:2], stopped]), encoding="utf-8")
     (row,) = tables.summary_table(folders).splitlines()[2:]
     assert row.startswith("| mcts | 1, 1 collapsed | **50.0% [")
     save(folders[1], preset_for("tiny", "mcts").change(seed=1, lesson="steps"))
@@ -211,19 +215,19 @@ def test_searches_are_drawn_by_what_they_really_spent(tmp_path):
         scores = [score | {"usage": {"generated": tokens, "decoded": tokens // 2}} for tokens in spent]
         one = {"model": "a", "method": method, "budget": [16, 4_096], "scores": scores}
         tree = {"tree": {"children": 2, "cutoff": None}} if method == "mcts" else {}
-        (tmp_path / f"{method}.json").write_text(json.dumps(one | tree))
+        (tmp_path / f"{method}.json").write_text(json.dumps(one | tree), encoding="utf-8")
     figure = plots.search_curves(sorted(tmp_path.iterdir()))
     rival, tree = (container.lines[0] for container in figure.axes[0].containers)
     assert list(tree.get_xdata()) == [16, 200] and list(rival.get_xdata()) == [15, 4_000]
     assert tree.get_ydata() == pytest.approx([20, 20])
     rival, tree = (container.lines[0] for container in figure.axes[1].containers)
     assert list(tree.get_xdata()) == [8, 100] and list(rival.get_xdata()) == [7.5, 2_000]
-    (tmp_path / "other.json").write_text(json.dumps(one | {"model": "b"}))
+    (tmp_path / "other.json").write_text(json.dumps(one | {"model": "b"}), encoding="utf-8")
     figures = figure, plots.search_curves(sorted(tmp_path.iterdir()))
     one, two = ([text.get_text() for text in f.axes[1].get_legend().get_texts()] for f in figures)
     assert one == ["best-of-n", "mcts, K = 2"] and two == ["best-of-n, a", "mcts, K = 2, a", "best-of-n, b"]
-    tree = json.loads((tmp_path / "mcts.json").read_text()) | {"tree": {"children": 2, "cutoff": 0.0}}
-    (tmp_path / "mcts.json").write_text(json.dumps(tree))
+    tree = json.loads((tmp_path / "mcts.json").read_text(encoding="utf-8")) | {"tree": {"children": 2, "cutoff": 0.0}}
+    (tmp_path / "mcts.json").write_text(json.dumps(tree), encoding="utf-8")
     legend = plots.search_curves([tmp_path / "mcts.json"]).axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["mcts, K = 2, distinct"]
 
@@ -234,7 +238,9 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     told = {"mcts-seed1": [4, 0], "mcts-seed2": [0, 0], "none-seed1": [4, 4], "base": [1, 0]}
     for name, right in told.items():
         one = {"model": name, "method": "none", "samples": 4, "temperature": 0.2}
-        (tmp_path / f"{name}.json").write_text(json.dumps(one | {"scores": [{"right": right, "samples": 4}]}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(one | {"scores": [{"right": right, "samples": 4}]}), encoding="utf-8"
+        )
     files = sorted(tmp_path.iterdir())
     header, _, none, search, base = tables.scores_table(files).splitlines()
     assert "mean@4 at 0.2" in header
@@ -243,12 +249,12 @@ def test_evaluations_of_seeds_are_pooled(tmp_path):
     )
     assert search.startswith("| mcts | 2 | **25.0% [") and " | – | 25.0% [" in search
     assert base.startswith("| base | 1 | **12.5% [") and " | -12.5 [" in base and " | 50.0% [" in base
-    whole = json.loads(files[1].read_text())
+    whole = json.loads(files[1].read_text(encoding="utf-8"))
     for change, message in (
         ({"method": "mcts", "tree": {}}, "holds scores of a search"), ({"temperature": 1.0}, "temperature"),
         ({"size": 3}, "size"), ({"method": "mcts"}, "holds no scores"),
     ):  # fmt: skip
-        files[1].write_text(json.dumps(whole | change))
+        files[1].write_text(json.dumps(whole | change), encoding="utf-8")
         with pytest.raises(ValueError, match=f"{files[1]} .*{message}"):
             tables.scores_table(files)
 
@@ -264,7 +270,9 @@ def test_an_overview_has_both_temperatures_of_a_run(folders, tmp_path):
     runs = [folder.rename(stage / name) for folder, name in zip(folders, ("mcts-seed0", "cispo-seed1"))]
     for run, right in zip(runs, ([4, 4], [4, 0])):
         result = {"model": run.name, "method": "none", "samples": 4, "temperature": 0.2}
-        (cold / f"{run.name}.json").write_text(json.dumps(result | {"scores": [{"right": right, "samples": 4}]}))
+        (cold / f"{run.name}.json").write_text(
+            json.dumps(result | {"scores": [{"right": right, "samples": 4}]}), encoding="utf-8"
+        )
     header, _, search, rival = tables.overview_table(runs).splitlines()
     assert header == "| method | mean@16 | minus search | pass@16 | mean@4 at 0.2 | minus search |"
     assert rival.startswith("| cispo | **25.0% [") and "| -25.0 [" in rival and "| -50.0 [" in rival
@@ -280,7 +288,7 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
     other = tmp_path / "none"
     other.mkdir()
     for file in folders[0].iterdir():
-        (other / file.name).write_text(file.read_text())
+        (other / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     finish(other, [1, 2], "none", failures=True, problems=20)
     assert list(tables.by_method([*folders, other])) == [
         "mcts",
@@ -297,10 +305,10 @@ def test_what_some_method_varies_is_told_of_all(folders, tmp_path):
 
 def test_validation_scores_the_best_first(folders):
     """Prevents a list of what was tried that hides the winner, or shows another than the last score."""
-    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in lines:
         row |= {"eval_mean": 2 * row["eval_mean"]} if "eval_mean" in row else {}
-    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     header, _, first, second = tables.validation_table(folders).splitlines()
     assert "mean@4" in header and first == "| mcts-1 | 1 | **80.0%** | 50.0% | +0.25 | 100% | 0.00 M |"
     assert second.startswith("| mcts-0 | 0 | **40.0%** |")
@@ -310,8 +318,8 @@ def test_unfinished_runs_are_named(folders, monkeypatch, capsys):
     """Prevents a traceback, or a half run in a table."""
     for what, rows in (("table", 3), ("summary", 3), ("summary", 0), ("curves", 1)):
         for folder in folders:
-            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (folder / "metrics.jsonl").write_text("".join(lines[:rows]))
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / "metrics.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
         monkeypatch.setattr("sys.argv", ["plots.py", what, *map(str, folders)])
         with pytest.raises(ValueError, match="mcts, seed 0, has no test|none of the runs has been evaluated"):
             plots.main()
@@ -337,7 +345,7 @@ def test_a_config_of_no_run_is_named(folders, what, damage):
     """Prevents a traceback, and an error that does not say which of fifty folders is meant."""
     config = read_settings(folders[1])
     damage(config)
-    (folders[1] / "config.json").write_text(json.dumps(config))
+    (folders[1] / "config.json").write_text(json.dumps(config), encoding="utf-8")
     draw = (plots.FIGURES | tables.TABLES)[what]
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         draw(folders)
@@ -347,7 +355,7 @@ def test_a_config_of_no_run_is_named(folders, what, damage):
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_torn_config_is_named(folders, what, text):
     """Prevents the same for a file that holds no JSON object."""
-    (folders[1] / "config.json").write_text(text)
+    (folders[1] / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{folders[1]}/config.json is damaged"):
         (plots.FIGURES | tables.TABLES)[what](folders)
 
@@ -360,7 +368,7 @@ def test_a_table_needs_no_place_for_a_figure(folders, monkeypatch, capsys, tmp_p
     plots.main()
     assert "| mcts-0 | 0 |" in capsys.readouterr().out
     metrics = folders[0] / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().partition("\n")[0])
+    metrics.write_text(metrics.read_text(encoding="utf-8").partition("\n")[0], encoding="utf-8")
     with pytest.raises(ValueError, match="none of the runs has been evaluated yet"):
         plots.main()
 

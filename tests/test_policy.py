@@ -45,7 +45,7 @@ def forward(policy, batch, temperature=1.0):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ value head

@@ -195,7 +195,7 @@ def test_every_method_learns_records_its_run_and_saves_a_policy(toy, tiny_config
     policy = load_policy(config.folder / "policy")
     plain = AutoModelForCausalLM.from_pretrained(config.folder / "policy")
     assert_close(plain.state_dict(), policy.lm.state_dict())
-    saved = json.loads((config.folder / "config.json").read_text())
+    saved = json.loads((config.folder / "config.json").read_text(encoding="utf-8"))
     assert (saved["method"], saved["seed"], saved["learning"]["problems"]) == (method, 0, 8)
     assert (saved["tree"]["simulations"] if saved["tree"] else None) == (8 if method == "mcts" else None)
     printed = capsys.readouterr().out
@@ -341,8 +341,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(toy, tiny_config, tmp_path
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     assert [row["step"] for row in read_metrics(tmp_path / "b")] == [0, 1, 2, 3]
-    assert json.loads((tmp_path / "b" / "checkpoint" / "state.json").read_text())["step"] == 2
-    assert json.loads((tmp_path / "b" / "checkpoint.old" / "state.json").read_text())["step"] == 0
+    assert json.loads((tmp_path / "b" / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"] == 2
+    assert json.loads((tmp_path / "b" / "checkpoint.old" / "state.json").read_text(encoding="utf-8"))["step"] == 0
     resumed, resume = parse(["--resume", str(tmp_path / "b")], method)
     assert (resumed, resume) == (config, True)
     train(resumed, noisy, resume)
@@ -356,14 +356,14 @@ def test_a_finished_run_is_left_as_it_is(toy, tiny_config, capsys):
     """Prevents a second final test, which would change a published result's file."""
     config = tiny_config("none", tokens=0, steps=1)
     train(config, collect_samples)
-    before = (config.folder / "metrics.jsonl").read_text()
+    before = (config.folder / "metrics.jsonl").read_text(encoding="utf-8")
     capsys.readouterr()
     program(["--resume", str(config.folder)])
     assert capsys.readouterr().out == f"{config.folder} is finished: nothing is left to do\n"
     with pytest.raises(SystemExit):  # not a larger budget that is dropped in silence
         program(["--resume", str(config.folder), "--steps", "2", "--force"])
     assert f"is finished: a new run can start from its policy, --model {config.folder}" in capsys.readouterr().err
-    assert (config.folder / "metrics.jsonl").read_text() == before
+    assert (config.folder / "metrics.jsonl").read_text(encoding="utf-8") == before
 
 
 def test_a_run_killed_in_its_final_test_does_that_test_only(toy, tiny_config, monkeypatch):
@@ -371,8 +371,8 @@ def test_a_run_killed_in_its_final_test_does_that_test_only(toy, tiny_config, mo
     config = tiny_config("none", tokens=0, steps=2)
     train(config, collect_samples)
     whole = history(config.folder)
-    lines = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (config.folder / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:-9])
+    lines = (config.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (config.folder / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:-9], encoding="utf-8")
     train(config, lambda *_: pytest.fail("trained on"), resume=True)
     assert history(config.folder) == whole
 
@@ -482,7 +482,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tiny_config, m
     )
     assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
     assert run_folder.ending(read_metrics(config.folder)) == "stopped"  # or the study would run it again and again
-    state = json.loads((config.folder / "checkpoint" / "state.json").read_text())
+    state = json.loads((config.folder / "checkpoint" / "state.json").read_text(encoding="utf-8"))
     assert state["step"] == 2 and all(w.isfinite().all() for w in weights(config.folder / "checkpoint")[0].values())
 
 
@@ -495,7 +495,7 @@ def test_a_collapsed_run_is_stopped_before_its_weights_are_kept(toy, tiny_config
             train(config, collect_samples)  # of the first step the policy is its own reference
         assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
         assert run_folder.ending(read_metrics(config.folder)) == "stopped" and not run_folder.finished(config.folder)
-        assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["step"] == 2
+        assert json.loads((config.folder / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"] == 2
         with pytest.raises(guard.Stopped, match="step 3"):
             train(config, collect_samples, resume=True)
         assert [row["step"] for row in read_metrics(config.folder)] == [0, 1, 2, 3]
@@ -507,7 +507,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_config, monkeypatch, capsys):
     """Prevents an interrupted run that is begun anew because nobody knew better, and advice to resume what never was
     there."""
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     config = tiny_config("none")
@@ -552,7 +552,7 @@ def test_a_run_that_was_short_of_memory_stays_small(tiny_config, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     assert capsys.readouterr().out.count("warning: out of GPU memory with 80 tokens in a micro-batch") == 1
-    assert json.loads((config.folder / "checkpoint" / "state.json").read_text())["micro_tokens"] == 40
+    assert json.loads((config.folder / "checkpoint" / "state.json").read_text(encoding="utf-8"))["micro_tokens"] == 40
     train(config, collect_samples, resume=True)
     assert [row.get("micro_tokens") for row in read_metrics(config.folder)] == [None, 40, 40, 40, 40, None]
     assert "out of GPU memory" not in capsys.readouterr().out

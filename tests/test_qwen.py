@@ -155,7 +155,7 @@ def test_a_resumed_run_in_4_bits_ends_like_an_uninterrupted_one(qwen_config, tmp
 
     with pytest.raises(KeyboardInterrupt):
         train(qwen_config("lora-nf4", out=tmp_path / "b", **settings), interrupted)
-    assert json.loads((tmp_path / "b" / "checkpoint" / "state.json").read_text())["step"] == 1
+    assert json.loads((tmp_path / "b" / "checkpoint" / "state.json").read_text(encoding="utf-8"))["step"] == 1
     config, resume = parse(["--resume", str(tmp_path / "b")], "mcts")
     train(config, collect_mcts, resume)
     histories, weights = [], []

@@ -139,7 +139,9 @@ def test_two_processes_go_on_like_one(tiny_config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ppo.train(tiny_config(out=tmp_path / "two", **settings), interrupted)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, KIT / "ppo.py", "--resume", tmp_path / "two"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, KIT / "ppo.py", "--resume", tmp_path / "two"], capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens generated") == 1  # one process speaks
 

@@ -15,7 +15,7 @@ from runtime.evaluation import EVALUATIONS
 
 ROOT = Path(__file__).parents[1]
 COMMAND = r"python -m experiments\.plots (table|summary|overview|tokens|validation|scores) ([^>]+)"
-TEXTS = (ROOT / "README.md").read_text() + (ROOT / "docs/results.md").read_text()
+TEXTS = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs/results.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(rf"<!-- table: {COMMAND} -->\n(.*?)\n<!-- end -->", TEXTS, re.S)
 RUNS = sorted(path.parent for path in (ROOT / "results").rglob("metrics.jsonl*"))
 
@@ -67,7 +67,7 @@ def test_the_settings_of_an_evaluation_are_settings_of_today(file):
 def test_results_name_no_folder_of_a_machine():
     """Prevents a path in results/ that is of use on one machine alone."""
     for file in (ROOT / "results").rglob("*.json"):
-        assert not re.search(r'"(model|out|data)": "/', file.read_text()), file
+        assert not re.search(r'"(model|out|data)": "/', file.read_text(encoding="utf-8")), file
 
 
 def test_results_stay_small():
@@ -79,7 +79,7 @@ def commands():
     """The commands of the README and docs/ that take options, [program, arguments]."""
     texts = [file for file in (ROOT / "docs").glob("*.md") if file.name != "LOG.md"]  # which tells of earlier versions
     for file in (ROOT / "README.md", *texts):
-        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(), re.S | re.M):
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(encoding="utf-8"), re.S | re.M):
             if language == "python":
                 continue
             for line in block.replace("\\\n", " ").splitlines():

@@ -35,14 +35,14 @@ def run(tmp_path):
 
 
 def saver(text):
-    return lambda folder: (folder / "weights").write_text(text)
+    return lambda folder: (folder / "weights").write_text(text, encoding="utf-8")
 
 
 def resumed(run):
     """What a new process finds: the checkpoint's weights (None: no checkpoint) and state."""
     run.lock.release()
     with Run(run.folder, SETTINGS, resume=True) as again:
-        return again.restored and (again.restored / "weights").read_text(), again.state
+        return again.restored and (again.restored / "weights").read_text(encoding="utf-8"), again.state
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -62,7 +62,7 @@ def test_what_is_written_is_on_the_disk_before_it_counts(run, monkeypatch):
 
 def test_a_run_keeps_its_configuration_and_where_it_ran(run):
     """Prevents a result that nobody can reproduce."""
-    saved = json.loads((run.folder / "config.json").read_text())
+    saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     found = saved.pop("provenance")
     assert saved == {"rate": 0.1, "out": "here", "tree": {"depth": 3}}
     assert {"python", "machine", "commit", *provenance.versions()} <= found.keys() and all(found.values())
@@ -81,13 +81,15 @@ def test_a_new_run_refuses_a_folder_that_holds_one(run):
     with pytest.raises(ValueError, match=f"already holds a run: pass --resume {run.folder}"):
         Run(run.folder, SETTINGS)
     run.checkpoint(saver("first"), {"step": 3})
-    made = json.loads((run.folder / "config.json").read_text())["provenance"]
+    made = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["provenance"]
     with Run(run.folder, SETTINGS | {"rate": 9}, resume=True) as again:
-        assert json.loads((run.folder / "config.json").read_text())["rate"] != 9  # the checkpoint may not fit them
+        assert (
+            json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["rate"] != 9
+        )  # the checkpoint may not fit them
         again.write_config()
         again.log({"step": 4})
     assert read_metrics(run.folder) == [*rows(range(4)), {"step": 4}]
-    saved = json.loads((run.folder / "config.json").read_text())
+    saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     assert (saved["rate"], saved["provenance"]) == (9, made)
 
 
@@ -131,15 +133,15 @@ def test_a_torn_last_line_costs_that_line_only(run, data):
     """Prevents a run killed while writing from being unreadable, wherever the line was cut."""
     whole = "".join(json.dumps(row) + "\n" for row in rows(range(4)))
     last = json.dumps({"step": 4, "reward": 1.0})
-    run.metrics.write_text(whole + last[: data.draw(st.integers(0, len(last) - 1))])
+    run.metrics.write_text(whole + last[: data.draw(st.integers(0, len(last) - 1))], encoding="utf-8")
     assert read_metrics(run.folder) == rows(range(4))
 
 
 @pytest.mark.parametrize("line", ['{"step": 1, "rew', "{}", "[1]", "3", "", '{"step": "one"}', "[" * 100_000])
 def test_a_damaged_line_before_the_last_is_told(run, line):
     """Prevents a run that goes on, or is published, without rows that it had."""
-    lines = run.metrics.read_text().splitlines()
-    run.metrics.write_text("\n".join([*lines[:1], line, *lines[2:]]))
+    lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    run.metrics.write_text("\n".join([*lines[:1], line, *lines[2:]]), encoding="utf-8")
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2 is no row of metrics$"):
         read_metrics(run.folder)
 
@@ -206,7 +208,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_and_drops_what_came_after(run)
     """Prevents an old checkpoint from being used, and steps from being counted twice in the metrics."""
     run.checkpoint(saver("first"), {"step": 1})
     run.checkpoint(saver("second"), {"step": 2, "seconds": 0.5})
-    with run.metrics.open("a") as file:
+    with run.metrics.open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "rew')
     assert resumed(run) == ("second", {"step": 2, "seconds": 0.5})
     assert read_metrics(run.folder) == rows(range(3))
@@ -217,7 +219,7 @@ def test_of_other_folders_no_old_one_is_kept(run):
     """Prevents a disk that fills up with policies nobody asked for."""
     for text in ("first", "second"):
         run.publish("best", saver(text))
-    assert (run.folder / "best" / "weights").read_text() == "second"
+    assert (run.folder / "best" / "weights").read_text(encoding="utf-8") == "second"
     assert {path.name for path in run.folder.iterdir() if path.is_dir()} == {"best"}
 
 
@@ -309,7 +311,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_one_without_any_begins_
 def test_a_foreign_file_is_no_damage(run):
     """Prevents a file manager's file from costing a run its newest checkpoint."""
     run.checkpoint(saver("first"), {"step": 1})
-    (run.folder / "checkpoint" / ".DS_Store").write_text("foreign")
+    (run.folder / "checkpoint" / ".DS_Store").write_text("foreign", encoding="utf-8")
     assert files.is_whole(run.folder / "checkpoint")
     check = ["sha256sum", "--check", "--strict", files.SUMS]
     assert not subprocess.run(check, cwd=run.folder / "checkpoint", capture_output=True).returncode
@@ -355,7 +357,9 @@ def test_a_full_disk_while_saving_is_one_line_and_keeps_the_last_checkpoint(run,
 def test_a_run_with_only_its_first_test_is_not_finished(tmp_path):
     """Prevents a run killed after the test before training from counting as done."""
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(json.dumps({"step": 0, "test_mean_at_k": 0.1}) + "\n")
+    metrics.write_text(json.dumps({"step": 0, "test_mean_at_k": 0.1}) + "\n", encoding="utf-8")
     assert not run_folder.finished(tmp_path) and not run_folder.finished(tmp_path / "nowhere")
-    metrics.write_text(metrics.read_text() + json.dumps({"step": 3, "test_mean_at_k": 0.1}) + "\n")
+    metrics.write_text(
+        metrics.read_text(encoding="utf-8") + json.dumps({"step": 3, "test_mean_at_k": 0.1}) + "\n", encoding="utf-8"
+    )
     assert run_folder.finished(tmp_path)

@@ -93,7 +93,7 @@ def test_a_hostile_model_is_refused(trap, checkpoint, tmp_path, capsys, place):
         weights.rename(model / ("kept" if place == "bin" else "other.safetensors"))
     if place == "index":
         index = {"metadata": {}, "weight_map": {"lm_head.weight": hostile.name}}
-        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     hostile.parent.mkdir(exist_ok=True)
     hostile.write_bytes(trap[0])
     message = refused(lambda: load_policy(model), trap[1], capsys)
@@ -114,7 +114,7 @@ def test_ruff_forbids_what_runs_text_as_code():
     """Prevents these rules from being switched off, and with them the scan that is part of `make test`."""
     code = "\n".join(["import os", "import pickle", "import subprocess", "import torch", "text = ''", *SINS.values()])
     command = [sys.executable, "-m", "ruff", "check", "--output-format", "json", "--stdin-filename", "new.py", "-"]
-    done = subprocess.run(command, input=code, capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(command, input=code, capture_output=True, text=True, cwd=HERE, encoding="utf-8")
     assert SINS.keys() <= {found["code"] for found in json.loads(done.stdout)}
 
 
@@ -124,4 +124,6 @@ def test_no_option_that_lets_a_model_run_code_is_used():
     files = {file for kind in ("*.py", "*/*.py", "*/*.ipynb") for file in HERE.glob(kind)} - {Path(__file__)}
     read = {"policy.py", "runtime/loading.py", "experiments/pretrain.py", "notebooks/04_results.ipynb"}
     assert {HERE / name for name in read} <= files
-    assert not [(file.name, found) for file in files if (found := re.search(careless, file.read_text()))]
+    assert not [
+        (file.name, found) for file in files if (found := re.search(careless, file.read_text(encoding="utf-8")))
+    ]

@@ -65,7 +65,10 @@ def test_the_command_prints_ratios_and_keeps_them(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["speed.py", *args, "--out", str(tmp_path / "deep" / "speed.json")])
     monkeypatch.setattr("time.perf_counter", time.perf_counter)  # given back afterwards
     speed.main()
-    results, printed = json.loads((tmp_path / "deep" / "speed.json").read_text()), capsys.readouterr().out
+    results, printed = (
+        json.loads((tmp_path / "deep" / "speed.json").read_text(encoding="utf-8")),
+        capsys.readouterr().out,
+    )
     assert results["sampling"][0]["ratio"] > 0 and results["search"]["ratio"] > 0 and results["torch"]
     assert 0 < results["search"]["prefilled"] < 1.1 and "simulations/s" in printed
     assert "vLLM: nowhere is not there" in printed

@@ -101,7 +101,7 @@ def test_an_evaluation_refuses_what_changes_nothing(checkpoint, tmp_path, monkey
         out = tmp_path / f"result{len(results)}.json"
         short = "--problems 3 " + ("--samples 2" if "none" in settings or "--search" not in settings else "--budget 60")
         command(monkeypatch, checkpoint, *shlex.split(f"{settings} {short} {more}"), "--out", out)
-        (score,) = json.loads(out.read_text())["scores"]
+        (score,) = json.loads(out.read_text(encoding="utf-8"))["scores"]
         results.append(score | {"usage": {k: v for k, v in score["usage"].items() if not k.endswith(MEASURED)}})
     assert results[0] == results[1]
 

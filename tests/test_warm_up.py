@@ -38,7 +38,9 @@ def test_what_is_written_is_a_model_like_the_one_before(warm):
     """Prevents a folder that runs refuse, with the value head of another run, or without the chat template."""
     config, _ = warm
     assert not (config.folder / "value_head").exists()
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (config.model, config.folder))
+    before, after = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (config.model, config.folder)
+    )
     assert {key: value for key, value in after.items() if key != "dtype"} == {
         key: value for key, value in before.items() if key != "dtype"
     }
