@@ -26,7 +26,7 @@ test-vllm: .venv-vllm/installed
 
 # a million hostile answers, judged by the verifier and by an independent oracle: minutes
 fuzz: .venv/installed
-	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 # the study behind results/, hours on a laptop: it skips runs that are done and resumes interrupted ones
 STAGES := tune compare samples targets rivals ablate equal cold fresh search

@@ -121,8 +121,8 @@ def measure(bench: Bench, model: str, cap: float, quantize: str, sampler: str, m
     shutil.rmtree(folder, ignore_errors=True)
     options = dict(
         preset=bench.preset, model=model, out=folder, gpu_memory=cap, quantize=quantize, sampler=sampler,
-        steps=bench.steps, tokens=0, problems=bench.problems, device=bench.device, evaluations=0, eval_problems=1,
-        eval_samples=1, test_problems=1, test_samples=1, train_problems=200, max_tokens=bench.max_tokens,
+        steps=bench.steps, tokens=0, problems=bench.problems, device=bench.device, evaluations=0,
+        test_problems=1, test_samples=1, train_problems=200, max_tokens=bench.max_tokens,
     )  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     if method == "mcts":

@@ -94,7 +94,7 @@ def test_a_side_makes_the_step_it_is_asked_for(tmp_path):
 @pytest.mark.slow
 def test_a_side_that_fails_is_an_error(tmp_path):
     """Prevents a benchmark that waits for a process that is gone."""
-    with pytest.raises(ValueError, match="ended with code 1"):
+    with pytest.raises(ValueError, match="ended with code 2"):
         training.Side("kit", str(tmp_path), "512")
 
 

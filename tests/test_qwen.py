@@ -112,8 +112,8 @@ def test_the_whole_loop_trains_what_it_should_and_its_policy_loads_anywhere(
     that stays, frozen weights that move, a sampler that disagrees with the trainer, a result that can't be used."""
     kept = []
 
-    def loads(*args):
-        policy = load_policy(*args)
+    def loads(*args, **options):
+        policy = load_policy(*args, **options)
         kept.append((policy, {name: p.detach().clone() for name, p in policy.named_parameters()}))
         return policy
 
