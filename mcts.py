@@ -238,8 +238,7 @@ def add_children(tree: Tree, node: Node, samples: list[Sample], grade: Grade, co
     without a step becomes terminal.
 
     A step that does not fit into the token budget ends the tree, and so does a right answer with `until_right`: the
-    steps after it are neither used nor counted, as with best-of-N.
-    """
+    steps after it are neither used nor counted, as with best-of-N."""
     children: dict[tuple[int, ...], Node] = {}  # by their tokens
     tokens_left = config.max_tokens - node.length
     for sample in samples:

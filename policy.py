@@ -132,9 +132,8 @@ class Policy(nn.Module):
         stops = {tokenizer.eos_token_id, turn_end(tokenizer), *(stops if isinstance(stops, list) else [stops])}
         self.stop_ids = stops - {None}  # the tokens that end a completion
         # nothing else of it is read here, and transformers does not save every one that it loads
-        self.base.generation_config = GenerationConfig(
-            eos_token_id=[*self.stop_ids], pad_token_id=tokenizer.pad_token_id
-        )
+        pad = tokenizer.pad_token_id
+        self.base.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids], pad_token_id=pad)
 
     @property
     def device(self) -> torch.device:

@@ -1,8 +1,10 @@
 """Tree search distillation: search, teach the policy what the search has found, repeat (`train`).
 
-python ppo.py --search mcts                    # distil tree search
-python ppo.py --search none                    # single samples, for comparison; more methods: baselines.py
-python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
+    python ppo.py --search mcts                    # distil tree search
+    python ppo.py --search none                    # single samples without a search, for comparison
+    python ppo.py --resume runs/mcts-tiny-seed0    # go on with an interrupted run, to the same result
+
+The other methods are in baselines.py.
 """
 
 import runtime.threads
