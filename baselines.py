@@ -4,7 +4,7 @@
     python baselines.py --method cispo        # groups of samples, advantage (R - mean) / std, CISPO loss
     python baselines.py --method grpo         # the same groups with PPO's clipped loss
 
-Unlike in the post optimiser, schedule, KL, temperature and precision are those of the search, not TRL's defaults.
+Unlike in the post, the optimiser, schedule, KL, temperature and precision are those of the search, not TRL's defaults.
 """
 
 import runtime.threads
@@ -36,7 +36,7 @@ def collect_best_of_n(policy: Policy, sampler: Sampler, problems: list[Problem],
 
 
 def collect_groups(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
-    """All samples of each problem, with the group's advantages. Groups of equal rewards are left out: none teaches."""
+    """All samples of a problem, with the group's advantages. Groups of equal rewards teach nothing and are left out."""
     rows, usage = sample_answers(policy, sampler, problems, config.group.samples, config, rng)
     taught = []
     for row in rows:

@@ -276,18 +276,17 @@ class Refused(Exception):
 def verify(completion: str, problem: Problem, strict: bool = True) -> Reward:
     """Grade a completion (the prompt is never looked at). Takes under 1 ms for any input.
 
-    Of a completion of at most 50,000 characters, what follows the last </think> is read: a model may draft answers
-    before it. It has an answer if </answer> follows <answer>. It keeps the rules if there
-    is exactly one of each, and between them an expression of at most 200 characters: the given numbers (each at most
-    once, in plain digits), + - * /, parentheses, blanks, tabs and newlines. With strict=True every intermediate result
-    must be a positive integer, as the prompt asks; strict=False allows any rational (the post).
+    Of a completion of at most 50,000 characters, what follows the last </think> is read. It has an answer if </answer>
+    follows <answer>. It keeps the rules if there is exactly one of each, and between them an expression of at most 200
+    characters: the given numbers (each at most once, in plain digits), + - * /, parentheses, blanks, tabs and newlines.
+    With strict=True intermediate results must be positive integers, as the prompt asks; else any rational (the post).
 
     Dense reward (post): -1 without an answer, -0.9 for one that breaks the rule, else
     1 - 2 min(|value - target| / target, 1).
     """
     if len(completion) > MAX_COMPLETION:
         return Reward(-1.0, False, False, "too long")
-    completion = completion.rpartition("</think>")[2]
+    completion = completion.rpartition("</think>")[2]  # a model may draft answers before it
     start = completion.find("<answer>")
     end = completion.find("</answer>", start)
     if start < 0 or end < 0:

@@ -78,7 +78,8 @@ def encode(tokenizer, problem: Problem) -> list[int]:
 
 def can_spell(tokenizer, text: str) -> bool:
     """Whether a tokenizer has tokens for a text. The embedded policy's has none for the rules, which it knows."""
-    return tokenizer.unk_token_id not in tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    return unknown is None or unknown not in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def chat_text(tokenizer, rules: str, numbers: str) -> str:

@@ -28,20 +28,20 @@ NEIGHBOURS = {
     "beside a busy loop": "while True: pass",
     "beside spinning threads": "import torch; x = torch.ones(512, 512)\nwhile True: x @ x",
 }
-RUN = "ppo.py --search mcts --evaluations 0 --no-test-before --test-problems 1 --test-samples 1 --tokens"
+RUN = "ppo.py --search mcts --evaluations 0 --no-test-before --test-problems 1 --test-samples 1 --tokens 0 --steps"
 
 
 @dataclass
 class Bench:
     """Time a short training alone and beside two kinds of busy process."""
 
-    tokens: int = 30_000  # of a training; a tenth of them with spinning threads beside a neighbour
+    steps: int = 8  # of a training, the first is not timed; 2 with spinning threads beside a neighbour
 
     def __post_init__(self):
-        check(self, "at least", 20_000, "tokens")
+        check(self, "at least", 2, "steps")
 
 
-def rate(policy: str, neighbour: str, tokens: int) -> float:
+def rate(policy: str, neighbour: str, steps: int) -> float:
     """Generated tokens a second of a short training, after its first step."""
     environment = os.environ | {"OMP_WAIT_POLICY": policy}
     environment.pop("OMP_NUM_THREADS", None)
@@ -51,7 +51,7 @@ def rate(policy: str, neighbour: str, tokens: int) -> float:
     busy = subprocess.Popen(command, env=environment | {"OMP_WAIT_POLICY": "ACTIVE"}) if neighbour else None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, *RUN.split(), str(tokens), "--out", f"{folder}/run"]
+            command = [sys.executable, *RUN.split(), str(steps), "--out", f"{folder}/run"]
             subprocess.run(command, cwd=KIT, env=environment, check=True, capture_output=True)
             rows = [row for row in read_metrics(Path(folder) / "run") if "tokens_per_second" in row]
     finally:
@@ -66,10 +66,10 @@ def main() -> None:
     bench = cli.read_config(Bench)
     print(f"| threads wait | {' | '.join(f'{name}, tokens/s' for name in NEIGHBOURS)} |\n|" + "---|" * 4)
     for name, policy in WAITING.items():
-        alone = rate(policy, "", bench.tokens)
+        alone = rate(policy, "", bench.steps)
         print(f"| {name} | {alone:,.0f} |", end="", flush=True)
         for neighbour in list(NEIGHBOURS.values())[1:]:
-            beside = rate(policy, neighbour, bench.tokens if policy else bench.tokens // 10)
+            beside = rate(policy, neighbour, bench.steps if policy else 2)
             print(f" {beside:,.0f} ({alone / beside:.1f} times slower) |", end="", flush=True)
         print()
 

@@ -1,7 +1,5 @@
 """The command line: options become settings, and what is wrong with them is told in one line, before any long work."""
 
-import runtime.threads
-
 import inspect
 import io
 import os

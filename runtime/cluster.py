@@ -127,17 +127,8 @@ class Generator:
     def load(self, config: Config, collect: Collect, own: list[Problem]) -> dict[str, str]:
         """Load the model; returns the versions and the code that this process runs. `own`: as for `memory.plan`."""
         machine, device = config.machine, pick_device(config.machine.device)
-        options = config.task.template_options
-        policy = load_policy(
-            config.model,
-            machine.lora_rank,
-            device,
-            machine.dtype,
-            machine.quantize,
-            False,
-            False,
-            template_options=options,
-        )
+        options = dict(train=False, template_options=config.task.template_options)
+        policy = load_policy(config.model, machine.lora_rank, device, machine.dtype, machine.quantize, **options)
         policy.version = -1  # the trainer's weights come with the first shard
         self.sampler = make_sampler(memory.plan(config, device, own), policy, config.seed)
         self.config, self.collector, self.policy = config, collect, policy

@@ -34,9 +34,7 @@ class Evaluation:
     sampler: str = "auto"  # torch, vllm; auto: vllm where it is installed with a GPU and can draw what is asked
     dtype: str = "float32"  # of the weights: float32, bfloat16
     quantize: str = "none"  # linear layers: none, nf4
-    template_options: str = (
-        ""  # of the chat template, as JSON: {"enable_thinking": false}; a trained policy has its own
-    )
+    template_options: str = ""  # of the chat template, as JSON: {"enable_thinking": false}; a run's policy has its own
     rows: int = 1024  # sequences that the torch sampler decodes together
     kept: int = KEPT  # tokens whose keys and values it keeps during a search: 28 kB each with Qwen2.5-1.5B in bf16
     cache_gb: float = 1.0  # GB of vLLM's KV cache
@@ -137,8 +135,8 @@ def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
     tokenizer = read_tokenizer(folder, base, config.template_options)
     longest = max(len(encode(tokenizer, problem)) for problem in problems)
     check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
-    options = config.template_options
-    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, train=False, template_options=options)
+    options = dict(train=False, template_options=config.template_options)
+    policy = load_policy(config.model, 0, device, config.dtype, config.quantize, **options)
     plan = SamplerPlan(engine, longest + config.max_tokens, config.rows, config.kept, config.cache_gb)
     return policy, make_sampler(plan, policy, config.seed), problems
 

@@ -25,7 +25,7 @@ from config import TINY, Config
 from countdown import Problem
 from policy import Policy, encode
 from runtime.cache import GROUPED
-from runtime.files import one_line, read_json, typed
+from runtime.files import KIT, one_line, read_json, typed
 from runtime.model_checks import (
     EXACT,
     check_adapter,
@@ -42,7 +42,6 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 disable_progress_bar()  # of weights that are loaded or saved: it would break the run's own bar; downloads keep theirs
 
-KIT = Path(__file__).parents[1]
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
 
 

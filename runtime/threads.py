@@ -2,7 +2,8 @@
 Ray's and torchrun's processes do too.
 
 OpenMP's threads spin while they wait. Beside another busy process they then hold the cores that they wait for: on two
-cores a run falls to a fiftieth of its speed. Threads that sleep instead cost a tenth of it. A user's own choice stays.
+cores a run is 3.5 times slower there. Threads that sleep are 0.9 to 1.7 times slower there. On an idle machine they
+have 0.56 of the speed of those that spin (benchmarks/neighbour.py, docs/LOG.md). A user's own choice stays.
 """
 
 import os
