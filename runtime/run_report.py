@@ -63,9 +63,6 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-# ------------------------------------------------------------------------------------------------ scores
-
-
 def tests(rows: list[dict]) -> tuple[dict | None, dict | None]:
     """The scores of the tests before and after training, None for a test that was not made."""
     scores = [row for row in rows if "test_mean_at_k" in row]
@@ -88,29 +85,24 @@ def change(before: dict | None, after: dict | None) -> dict | None:
 def headline(before: dict | None, after: dict | None, evaluations: list[dict]) -> tuple[str, str]:
     """The page's title, and the result in words."""
     if not after and evaluations:
-        last = evaluations[-1]
-        score = f"mean@{last['eval_k']} on the validation problems after step {last['step']:,}"
-        return f"{percent(last['eval_mean'])} right so far", f"This is {score}."
+        score, step = f"mean@{evaluations[-1]['eval_k']} on the validation problems", evaluations[-1]["step"]
+        return f"{percent(evaluations[-1]['eval_mean'])} right so far", f"This is {score} after step {step:,}."
     if not after:
         return "No score yet", "The policy has not been evaluated since its training began."
     mean, passed = percent(after["test_mean_at_k"]), percent(after["test_pass_at_k"])
-    title, mean_before, pass_before = f"{mean} right answers", "", ""
-    if before:
-        title = f"From {percent(before['test_mean_at_k'])} to {title}"
-        mean_before = f", before training in {percent(before['test_mean_at_k'])}"
-        pass_before = f", before on {percent(before['test_pass_at_k'])}"
-    return title, (
-        f"The policy alone, without search, now answers right in {mean} of its samples{mean_before}. At least one of "
-        f"{after['test_samples']} samples is right on {passed} of the {after['test_problems']:,} test problems"
-        f"{pass_before}."
+    title = f"{mean} right answers"
+    text = (
+        f"The policy alone, without search, now answers right in {mean} of its samples. At least one of "
+        f"{after['test_samples']} samples is right on {passed} of the {after['test_problems']:,} test problems."
     )
+    if before:
+        old_mean, old_passed = percent(before["test_mean_at_k"]), percent(before["test_pass_at_k"])
+        return f"From {old_mean} to {title}", f"{text} Before training it was {old_mean} and {old_passed}."
+    return title, text
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"
-
-
-# ------------------------------------------------------------------------------------------------ along training
 
 
 def curve(rows: list[dict], name: str) -> list[list[float]]:
@@ -128,20 +120,18 @@ def samples_of(folder: Path) -> dict | None:
     for line in lines:
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line)
-            answers[row["problem"], row["step"]] = row
+            answer = {"text": str(row["text"]), "right": row["right"] is True, "reason": str(row["reason"])}
+            answers[str(row["problem"]), int(row["step"])] = answer
     problems, steps = dict.fromkeys(problem for problem, _ in answers), sorted({step for _, step in answers})
     rows = [{"problem": name, "answers": [answers.get((name, step)) for step in steps]} for name in problems]
     return {"steps": steps, "rows": rows} if rows else None
-
-
-# ------------------------------------------------------------------------------------------------ settings
 
 
 def changed_settings(config: Config) -> list[list[str]]:
     """The settings that are not the preset's: name, value, the preset's value."""
     usual, own = flatten(preset_for(config.preset, config.method)), flatten(config)
     names = [name for name in own if own[name] != usual[name] and name not in ("out", "seed")]
-    return [[name, str(own[name]), f"preset: {usual[name]}"] for name in names]
+    return [[name, str(own[name]), str(usual[name])] for name in names]
 
 
 def command(config: Config) -> str:
@@ -168,5 +158,6 @@ def topics(config: Config) -> list[dict]:
                 nested.append(value)
             else:
                 rows.append([field.name, str(value), comments[field.name]])
-        tables.append({"title": inspect.getdoc(topic), "rows": rows})
+        name = type(topic).__name__.removesuffix("Config") or "Run"
+        tables.append({"name": name, "about": inspect.getdoc(topic), "rows": rows})
     return tables
