@@ -84,11 +84,14 @@ def change(before: dict | None, after: dict | None) -> dict | None:
 
 def headline(before: dict | None, after: dict | None, evaluations: list[dict]) -> tuple[str, str]:
     """The page's title, and the result in words."""
-    if not after and evaluations:
-        score, step = f"mean@{evaluations[-1]['eval_k']} on the validation problems", evaluations[-1]["step"]
-        return f"{percent(evaluations[-1]['eval_mean'])} right so far", f"This is {score} after step {step:,}."
     if not after:
-        return "No score yet", "The policy has not been evaluated since its training began."
+        last = evaluations[-1] if evaluations else None
+        score = (
+            f"mean@{last['eval_k']} is {percent(last['eval_mean'])}, after step {last['step']:,}"
+            if last
+            else "no score"
+        )
+        return "No test after training", f"On the validation problems: {score}."
     mean, passed = percent(after["test_mean_at_k"]), percent(after["test_pass_at_k"])
     title = f"{mean} right answers"
     text = (
