@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import SAMPLING_METHODS, Config, flatten, preset_for
+from runtime import explorer
 from runtime.cli import field_comments, restore
 from runtime.files import KIT, typed, write
 from runtime.run_folder import ending, read_metrics, read_settings
@@ -38,6 +39,7 @@ def write_report(folder: Path) -> Path:
         raise ValueError(f"{folder} has no metrics yet: there is nothing to report")
     before, after = tests(rows)
     evaluations = [row for row in rows if "eval_mean" in row]
+    trees = [tree for file in sorted((folder / "trees").glob("*.json")) for tree in explorer.read(file)]
     data = {
         "settings": {name: getattr(config, name) for name in ("method", "preset", "model", "seed")},
         "state": ending(rows),
@@ -49,6 +51,7 @@ def write_report(folder: Path) -> Path:
         "evaluations": evaluations,
         "curves": {name: curve(rows, name) for name in CURVES},
         "samples": samples_of(folder),
+        "explorer": explorer.page(trees) if trees else None,
         "changed": changed_settings(config),
         "topics": topics(config),
         "sums": {name: sum(row.get(name, 0) for row in rows) for name in SUMS},
