@@ -1,4 +1,4 @@
-"""Tests of runtime/run_report.py: a report says what a run has recorded, and a model's text stays text."""
+"""Tests of runtime/run_report.py and settings.py: a report says what a run recorded, and a model's text stays text."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from config import preset_for
 from experiments import plots
 from runtime import cli
 from runtime.run_folder import read_metrics
-from runtime.run_report import TEMPLATE, command, write_report
+from runtime.run_report import TEMPLATE, write_report
+from runtime.settings import command
 
 MAKE_RUN = Path(__file__).parents[1] / "results" / "make-run" / "mcts-tiny-seed0"
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
@@ -57,14 +58,14 @@ def test_a_report_has_the_numbers_of_the_run(run):
     write_samples(run)
     rows, page = read_metrics(run), write_report(run)
     data, before, after = data_of(page), rows[0], rows[-1]
-    assert (data["before"], data["after"], data["state"]) == (before, after, "finished")
+    assert (data["before"], data["after"], data["ending"]) == (before, after, "finished")
     assert data["change"]["mean"][0] == pytest.approx(after["test_mean_at_k"] - before["test_mean_at_k"], abs=1e-5)
     low, high = data["change"]["pass"][1:]
     assert low <= after["test_pass_at_k"] - before["test_pass_at_k"] <= high
     trained = [row for row in rows if "entropy" in row]
     assert data["curves"]["entropy"] == [[row["generated"], pytest.approx(row["entropy"])] for row in trained]
-    assert data["sums"]["update_seconds"] == pytest.approx(sum(row.get("update_seconds", 0) for row in rows))
-    assert data["evaluations"] == [row for row in rows if "eval_mean" in row]
+    assert data["costs"]["update_seconds"] == pytest.approx(sum(row.get("update_seconds", 0) for row in rows))
+    assert [row["eval_mean"] for row in data["evaluations"]] == [row["eval_mean"] for row in rows if "eval_mean" in row]
     assert ["steps", "3", "0"] in data["changed"] and "--steps 3" in data["command"]
     assert data["samples"]["steps"] == [0, 3] and len(data["samples"]["rows"]) == 2
     assert [answer["right"] for answer in data["samples"]["rows"][0]["answers"]] == [False, True]
@@ -86,14 +87,14 @@ def test_a_run_that_has_not_ended_is_reported_as_such(packed):
     rows = read_metrics(packed)
     (packed / "metrics.jsonl.gz").unlink()
     for count, words in (
-        (3, "On the validation problems: no score."),
-        (len(rows) - 1, "is 40.9\u00a0%, after step 1,307."),
+        (3, "has not been evaluated"),
+        (len(rows) - 1, "mean@4 is 40.9\u00a0%."),
     ):
         lines = "".join(json.dumps(row) + "\n" for row in rows[:count])
         (packed / "metrics.jsonl").write_text(lines, encoding="utf-8")
         page = write_report(packed)
         data, text = data_of(page), page.read_text(encoding="utf-8")
-        assert data["state"] == "" and data["after"] is None and words in text
+        assert data["ending"] == "" and data["after"] is None and words in text
     (packed / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="has no metrics yet"):
         write_report(packed)
