@@ -1,6 +1,7 @@
 """Tests of runtime/run_report.py and settings.py: a report says what a run recorded, and a model's text stays text."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -13,7 +14,8 @@ import pytest
 import ppo
 from config import preset_for
 from experiments import plots
-from runtime import cli
+from runtime import cli, explorer
+from runtime.files import write
 from runtime.run_folder import read_metrics
 from runtime.run_report import TEMPLATE, write_report
 from runtime.settings import command
@@ -69,6 +71,19 @@ def test_a_report_has_the_numbers_of_the_run(run):
     assert ["steps", "3", "0"] in data["changed"] and "--steps 3" in data["command"]
     assert data["samples"]["steps"] == [0, 3] and len(data["samples"]["rows"]) == 2
     assert [answer["right"] for answer in data["samples"]["rows"][0]["answers"]] == [False, True]
+
+
+def test_the_trees_are_in_a_frame_of_the_page(packed):
+    """Prevents trees out of order, and a frame whose end is taken for the page's."""
+    root = {"text": "</script>", "children": []}
+    for step in (120, 0):
+        tree = {"problem": "3 5 → 8", "moment": f"step {step}", "settings": {}, "simulations": [], "root": root}
+        write(packed / "trees" / f"{step:06d}.json", json.dumps([tree]))
+    frame = data_of(write_report(packed))["explorer"]
+    assert frame == explorer.page([tree | {"moment": "step 0"}, tree | {"moment": "step 120"}])
+    (packed / "trees" / "000000.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no trees"):
+        write_report(packed)
 
 
 def test_the_report_of_make_run(packed):
@@ -134,6 +149,18 @@ def test_hostile_text_is_data(packed):
     assert data_of(page)["samples"]["rows"][0]["problem"] == HOSTILE
     template = TEMPLATE.read_text(encoding="utf-8")
     assert "innerHTML" not in template and not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", template)
+
+
+def test_infinite_metrics_are_left_out(packed):
+    """Prevents a page of a collapsed run that no browser can read: JSON has no infinity."""
+    (packed / "metrics.jsonl.gz").unlink()
+    scores = {"eval_k": 4, "eval_mean": 0.25, "eval_pass": 0.5}
+    rows = [{"step": step, "generated": 10 * step, "kl": kl} | scores for step, kl in ((1, 0.5), (2, math.inf))]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, rows[-1] | {"stopped": "collapsed", "kl": math.nan}])
+    (packed / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    data = data_of(write_report(packed))
+    assert data["curves"]["kl"] == [[10, 0.5]] and data["stopped"] == "collapsed"
+    assert "Infinity" not in json.dumps(data) and "NaN" not in json.dumps(data)
 
 
 def test_a_torn_line_of_samples_is_left_out(packed):
