@@ -4,7 +4,7 @@ import inspect
 from dataclasses import fields, is_dataclass
 
 from config import SAMPLING_METHODS, Config, flatten, preset_for
-from runtime.cli import field_comments
+from runtime.cli import field_comments, option_names
 from runtime.files import typed
 
 
@@ -29,12 +29,15 @@ def command(config: Config) -> str:
 
 
 def topics(config: Config) -> list[dict]:
-    """All settings by topic: name, value, meaning."""
+    """The settings that the method has, by topic: name, value, meaning."""
     nested, tables = [config], []
     for topic in nested:  # which grows
         values = {field.name: getattr(topic, field.name) for field in fields(topic)}
         nested += [value for value in values.values() if is_dataclass(value)]
-        comments, name = field_comments(type(topic)), type(topic).__name__.removesuffix("Config") or "Run"
-        settings = [[key, str(value), comments[key]] for key, value in values.items() if not is_dataclass(value)]
-        tables.append({"name": name, "about": inspect.getdoc(topic), "settings": settings})
+        names = [
+            name for name in values if not is_dataclass(values[name]) and name.replace("_", "-") in option_names(topic)
+        ]
+        comments, title = field_comments(type(topic)), type(topic).__name__.removesuffix("Config") or "Run"
+        settings = [[name, str(values[name]), comments[name]] for name in names]
+        tables.append({"name": title, "about": inspect.getdoc(topic), "settings": settings})
     return tables

@@ -15,10 +15,11 @@ import ppo
 from config import preset_for
 from experiments import plots
 from runtime import cli, explorer
+from runtime.cli import option_names
 from runtime.files import write
 from runtime.run_folder import read_metrics
 from runtime.run_report import TEMPLATE, write_report
-from runtime.settings import command
+from runtime.settings import command, topics
 
 MAKE_RUN = Path(__file__).parents[1] / "results" / "make-run" / "mcts-tiny-seed0"
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
@@ -130,6 +131,16 @@ def test_the_command_makes_the_run_again(preset, method, changes, words):
     line = command(config)
     assert line.endswith(words)
     assert cli.parse(shlex.split(line)[2:], method) == (config, False)
+
+
+def test_every_setting_is_in_a_table():
+    """Prevents a setting that a report does not tell, and one that the method does not have."""
+    config = preset_for("tiny", "cispo")
+    tables = {table["name"]: {name: value for name, value, _ in table["settings"]} for table in topics(config)}
+    assert {name for table in tables.values() for name in table} == {
+        name.replace("-", "_") for name in option_names(config)
+    }
+    assert tables["Group"]["samples"] == "4" and "Tree" not in tables and "tree" not in tables["Run"]
 
 
 def test_hostile_text_is_data(packed):
