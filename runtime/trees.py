@@ -12,8 +12,8 @@ from runtime.data import SOLVER_NUMBERS
 from runtime.files import write
 
 
-def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
-    """The visited part of a tree, in numbers and text."""
+def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig, moment: str = "") -> dict:
+    """The visited part of a tree, in numbers and text. `moment`: when it was searched, as "step 120"."""
     chosen = most_visited_path(tree, config)
     best = set(chosen.path()) if chosen else {tree.root}
 
@@ -40,10 +40,13 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
             "children": [visit(child, left) for child in node.children if child.visits],
         }
 
-    problem = f"{' '.join(map(str, tree.problem.numbers))} → {tree.problem.target}"
-    return {"problem": problem, "root": visit(tree.root, tuple(sorted(tree.problem.numbers)))}
+    return {
+        "problem": str(tree.problem),
+        "moment": moment,
+        "root": visit(tree.root, tuple(sorted(tree.problem.numbers))),
+    }
 
 
-def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path) -> None:
+def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path, moment: str = "") -> None:
     """Write trees as JSON."""
-    write(file, json.dumps([tree_to_dict(tree, policy, config) for tree in trees]))
+    write(file, json.dumps([tree_to_dict(tree, policy, config, moment) for tree in trees]))
