@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from config import GROUP_METHODS, Config, flatten, preset_for
+from runtime import drawing
 from runtime.files import typed, typed_program
 from runtime.scores import Score
 from sampling import Progress, Trajectory, Usage
@@ -112,15 +113,9 @@ def sparkline(values: list[float]) -> str:
 
 def told(sample: dict) -> str:
     """A watched answer on the terminal: the problem, the answer's end, and the verdict."""
-    answer = sample["text"].rpartition("<answer>")[2].removesuffix("</answer>")
-    return f"{sample['problem']}:  {printable(answer, 40)}  {'✓' if sample['right'] else '✗ ' + sample['reason']}"
-
-
-def printable(text: str, width: int) -> str:
-    """A model's text on one line, without control characters, its last `width` characters at most."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    line = line.replace("( ", "(").replace(" )", ")")
-    return line if len(line) <= width else f"…{line[1 - width :]}"
+    return (
+        f"{sample['problem']}:  {drawing.answer(sample['text'])}  {drawing.verdict(sample['right'], sample['reason'])}"
+    )
 
 
 def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
