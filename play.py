@@ -11,6 +11,7 @@ import runtime.threads
 import sys
 import time
 from collections import Counter
+from shutil import get_terminal_size
 
 from countdown import Problem
 from distill import most_visited_path
@@ -48,13 +49,14 @@ def commonest(player: Player, problem: Problem, table: Table) -> list[str]:
 
 
 def grow(player: Player, problem: Problem, table: Table) -> Tree:
-    """Search, and draw the tree after every wave. In a pipe or a file it is drawn once."""
+    """Search, and draw the tree after every wave. In a pipe or a file it is drawn once, in full."""
     (tree,) = plant(player.policy, [problem], [table.settings.seed])
     live, shown = sys.stdout.isatty(), 0
+    size = get_terminal_size() if live else (200, 10_000)  # columns, lines
     while tree.simulations_left(table.tree):
         wave([tree], player.sampler, table.grade(player.policy), table.tree, player.sampler.values)
         if live or not tree.simulations_left(table.tree):
-            lines = drawing.tree_lines(tree, player.policy, most_visited_path(tree, table.tree))
+            lines = drawing.tree_lines(tree, player.policy, most_visited_path(tree, table.tree), size)
             print(drawing.over(shown) + "\n".join(lines), flush=True)
             shown = len(lines)
             time.sleep(FRAME * live)

@@ -28,7 +28,7 @@ def verdict(right: bool, reason: str) -> str:
 def columns(blocks: list[list[str]]) -> str:
     """Blocks of lines beside each other, or one below the other where the terminal is too narrow."""
     widths = [max(map(len, block)) for block in blocks]
-    if sum(widths) + 4 * (len(blocks) - 1) > get_terminal_size().columns:
+    if sum(widths) + 4 * (len(blocks) - 1) > get_terminal_size()[0]:
         return "\n\n".join("\n".join(block) for block in blocks)
     rows = zip_longest(*blocks, fillvalue="")
     return "\n".join("    ".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows)
@@ -42,27 +42,28 @@ def over(lines: int) -> str:
 # ------------------------------------------------------------------------------------------------ trees
 
 
-def tree_lines(tree: Tree, policy: Policy, chosen: Node | None) -> list[str]:
-    """The visited part of a tree, a line a node, that fits the terminal: visits N, mean value Q, the step. The path to
-    the `chosen` answer is marked."""
-    width, height = get_terminal_size()
+def tree_lines(tree: Tree, policy: Policy, chosen: Node | None, size: tuple[int, int]) -> list[str]:
+    """The visited part of a tree, a line a node: visits N, mean value Q, the step. The path to the `chosen` answer is
+    marked. `size`: columns and lines that there are; the nodes of most visits are drawn."""
+    width, height = size
     path = set(chosen.path()) if chosen else {tree.root}
     visited = [node for node in tree.nodes() if node.visits]
-    # a parent has no fewer visits than its child and stands before it: what is kept is a tree
-    kept = set(sorted(visited, key=lambda node: -node.visits)[: max(height - 4, 3)])
+    # a parent has no fewer visits than its child and stands before it: the nodes that are drawn are a tree
+    by_visits = sorted(visited, key=lambda node: (node not in path, -node.visits))
+    drawn = set(by_visits[: max(height - 4, len(path))])
     lines = [f"{'N':>4} {'Q':>6}   {tree.root.visits} simulations, {len(tree.nodes())} nodes, {tree.generated} tokens"]
 
     def add(node: Node, indent: str, branch: str) -> None:
         text = f"{node.visits:4d} {node.q:+6.2f} {'▸' if node in path else ' '} {indent}{branch}{label(node, policy)}"
         lines.append(text[: width - 1])
-        children = sorted((child for child in node.children if child in kept), key=lambda child: -child.visits)
+        children = sorted((child for child in node.children if child in drawn), key=lambda child: -child.visits)
         below = indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
         for child in children:
             add(child, below, "└─ " if child is children[-1] else "├─ ")
 
     add(tree.root, "", "")
-    if len(kept) < len(visited):
-        lines.append(f"… and {len(visited) - len(kept)} visited nodes more")
+    if len(drawn) < len(visited):
+        lines.append(f"… and {len(visited) - len(drawn)} visited nodes more")
     return lines
 
 

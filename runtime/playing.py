@@ -71,8 +71,8 @@ def sit_down(args: list[str]) -> tuple[Table, Problem | None]:
 
 
 def split_words(words: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The model and the words of the problem. A model's name holds a letter or a slash, a number does not."""
-    if words and not words[0].isdigit() and (Path(words[0]).exists() or "/" in words[0] or len(words) == 1):
+    """The model and the words of the problem. The first word is the model unless it is a number."""
+    if words and not words[0].rstrip(",").isdigit():
         return words[0], list(words[1:])
     return "", list(words)
 
