@@ -200,9 +200,11 @@ def log_of(folder: Path) -> Path | None:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Copy a run's config.json and metrics to `target`; the metrics are compressed to a seventh."""
+    """Copy a run's config.json, metrics and watched answers to `target`; they are compressed to a seventh."""
     write(target / "config.json", (folder / "config.json").read_text(encoding="utf-8"))
-    write(target / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
+    for name in (LOGS[0], SAMPLES):
+        if (folder / name).exists():
+            write(target / f"{name}.gz", gzip.compress((folder / name).read_bytes(), mtime=0))
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -213,7 +215,8 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def read_samples(folder: Path) -> list[dict]:
     """A run's answers to the watched problems; an empty list if it has none."""
-    return read_rows(Path(folder) / SAMPLES)
+    plain = Path(folder) / SAMPLES
+    return read_rows(plain if plain.exists() else plain.with_name(f"{SAMPLES}.gz"))
 
 
 def read_rows(file: Path) -> list[dict]:
