@@ -149,8 +149,7 @@ def group_advantages(rewards: list[float]) -> np.ndarray:
     return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
 
 
-Lesson = Callable[[Tree, SearchConfig], list[Trajectory]]
-LESSONS: dict[str, Lesson] = {
+LESSONS: dict[str, Callable[[Tree, SearchConfig], list[Trajectory]]] = {
     "best-path": best_path,
     "best-answer": best_answer,
     "best-path-q": best_path_q,

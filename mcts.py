@@ -86,6 +86,7 @@ class Tree:
     spent: bool = False  # a sampled step did not fit into the token budget
     merged: int = 0  # sampled steps that repeated a sibling
     solved: bool = False  # it has a right answer
+    simulations: list[tuple[int, Node]] = field(default_factory=list)  # root's visits before the wave, selected leaf
 
     def state(self, node: Node) -> list[int]:
         """The tokens from the prompt's first to the node's last."""
@@ -162,8 +163,8 @@ def wave(trees: list[Tree], sampler: Sampler, grade: Grade, config: SearchConfig
                 for node in leaf.path():
                     node.pending += 1
                 leaves.append((tree, leaf))
-        usage = expand(leaves, sampler, grade, config)
-        usage += evaluate(leaves, critic, grade)
+                tree.simulations.append((tree.root.visits, leaf))
+        usage = expand(leaves, sampler, grade, config) + evaluate(leaves, critic, grade)
         for _, leaf in leaves:
             backup(leaf, leaf.value)
         return usage

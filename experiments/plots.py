@@ -9,7 +9,7 @@
     python -m experiments.plots overview results/compare/*                     # the README's table: two temperatures
     python -m experiments.plots validation results/targets/*                   # validation scores, the best first
     python -m experiments.plots scores results/cold/*                          # what evaluate.py wrote, a row a policy
-    python -m experiments.plots tree RUN/trees/000000.json                     # an interactive page beside the file
+    python -m experiments.plots tree RUN                                       # an interactive page: RUN/trees.html
 
 `--out` names the file of a figure, else it is curves.png.
 """
@@ -31,9 +31,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from config import check_choices
-from experiments import explorer
 from experiments.tables import TABLES, along, by_method, lead, pass_at, read_scores, tested
-from runtime import cli
+from runtime import cli, explorer
 from runtime.files import check_writable, write
 from runtime.run_folder import log_of
 
@@ -45,7 +44,7 @@ ALONG = {
     "seconds": "seconds of training",
     "cpu_seconds": "CPU seconds of training",
 }
-REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}  # as in assets/explorer.html
+REACH = {"yes": "#cfe8d5", "no": "#f3d3cd", "unknown": "#e6e6e6"}
 
 
 def learning_curves(folders: list[Path], x: str = "generated", axes=None):
@@ -176,15 +175,16 @@ def forest(folders: list[Path]):
 
 
 def draw_tree(tree: dict):
-    """A searched tree (`runtime.trees.tree_to_dict`), coloured by whether the target is in reach; the best path is
-    thick. Returns the matplotlib figure."""
+    """The visited part of a searched tree (`runtime.trees.tree_to_dict`), coloured by whether the target is in reach;
+    the best path is thick. Returns the matplotlib figure."""
     places, rows = [], count()
 
     def place(node: dict, depth: int) -> float:
         """Put a node and what is below it; returns the node's row."""
-        below = [place(child, depth + 1) for child in node["children"]]
+        children = [child for child in node["children"] if child["visits"]]
+        below = [place(child, depth + 1) for child in children]
         row = (below[0] + below[-1]) / 2 if below else next(rows)
-        places.append((node, depth, row, [(child["best"], y) for child, y in zip(node["children"], below)]))
+        places.append((node, depth, row, [(child["best"], y) for child, y in zip(children, below)]))
         return row
 
     place(tree["root"], 0)
@@ -215,7 +215,7 @@ class PlotConfig:
 
     # figures: curves, forest, search; tables: table, summary, overview, tokens, validation, scores; tree: a page
     what: tyro.conf.Positional[str]
-    folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: of --dump-trees
+    folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: RUN/trees/*.json too
     out: Path | None = None  # of curves, forest and search: .png, .pdf or .svg; else curves.png
     x: str | None = None  # of curves: generated, decoded, seconds, cpu_seconds; else generated
 
@@ -224,7 +224,9 @@ class PlotConfig:
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
-        if self.what in ("scores", "search", "tree"):
+        if self.what == "tree":
+            self.folders = [file for path in self.folders for file in tree_files(path)]
+        elif self.what in ("scores", "search"):
             if folders := [str(folder) for folder in self.folders if folder.is_dir()]:
                 raise ValueError(f"{self.what} wants files, not folders like {folders[0]}")
         else:  # a shell's glob names other files too
@@ -247,13 +249,25 @@ class PlotConfig:
         return self.out or Path("curves.png")
 
 
+def tree_files(path: Path) -> list[Path]:
+    """A file with trees, or those of a run, in the order of its steps."""
+    files = sorted(path.glob("trees/*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no trees (trees/*.json): pass a run with --search mcts")
+    return files
+
+
+def tree_page(files: list[Path]) -> Path:
+    """Write the page of the trees in `files`: beside a single file, RUN/trees.html for those of a run. Returns it."""
+    page = (files[0] if len(files) == 1 else files[0].parent).with_suffix(".html")
+    write(page, explorer.page([tree for file in files for tree in explorer.read(file)]))
+    return page
+
+
 def main() -> None:
     config = cli.read_config(PlotConfig)
     if config.what == "tree":
-        for file in config.folders:
-            page = file.with_suffix(".html")
-            write(page, explorer.render(explorer.read(file)))
-            print(page)
+        print(tree_page(config.folders))
         return
     if config.what in TABLES:
         print(TABLES[config.what](config.folders))

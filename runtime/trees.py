@@ -1,4 +1,9 @@
-"""Searched trees as JSON: what each step says, and what the search and the exact solver know of it."""
+"""Searched trees as JSON: what each step says, what the search and the exact solver know of it, and the record of the
+simulations. With it `runtime/explorer.py` and the tests replay a search.
+
+    N, Q of a node at simulation i     the backups of the simulations before its wave
+    pending visits                     the simulations of its wave before i
+"""
 
 import json
 from pathlib import Path
@@ -11,40 +16,55 @@ from policy import Policy
 from runtime.data import SOLVER_NUMBERS
 from runtime.files import write
 
+SETTINGS = ("selection", "c_puct", "unvisited", "virtual_loss", "answers")  # those that a replay needs
+
 
 def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig, moment: str = "") -> dict:
-    """The visited part of a tree, in numbers and text. `moment`: when it was searched, as "step 120"."""
+    """A tree in numbers and text. `moment`: when in the training it was searched, such as "step 120".
+
+    A node's `id` is its place in `tree.nodes()`. `simulations` has [root's visits before the wave, leaf's id] each.
+    """
     chosen = most_visited_path(tree, config)
     best = set(chosen.path()) if chosen else {tree.root}
+    ids = {node: i for i, node in enumerate(tree.nodes())}
 
     def visit(node: Node, left: tuple[int, ...] | None) -> dict:
         text = policy.decode(node.tokens).strip()
         if left is not None and text and not node.ended:
             left = follow(left, text)
-        if node.reward:
-            reachable = "yes" if node.reward.correct else "no"
-        else:
-            known = left is not None and len(left) <= SOLVER_NUMBERS
-            reachable = "unknown" if not known else "yes" if solvable(left, tree.problem.target) else "no"
         return {
+            "id": ids[node],
             "text": text,
             "visits": node.visits,
             "q": node.q,
             "prior": node.prior,
             "value": node.value,
             "count": node.count,
+            "ended": node.ended,
             "reward": node.reward.value if node.reward else None,
+            "right": node.reward.correct if node.reward else None,
             "reason": node.reward.reason if node.reward else None,
-            "solvable": reachable,
+            "solvable": reach(node, left, tree.problem.target),
             "best": node in best,
-            "children": [visit(child, left) for child in node.children if child.visits],
+            "children": [visit(child, left) for child in node.children],
         }
 
     return {
         "problem": str(tree.problem),
         "moment": moment,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "simulations": [[before, ids[leaf]] for before, leaf in tree.simulations],
         "root": visit(tree.root, tuple(sorted(tree.problem.numbers))),
     }
+
+
+def reach(node: Node, left: tuple[int, ...] | None, target: int) -> str:
+    """Whether the target is in reach: yes, no, or unknown. `left`: the numbers left, None after a broken step."""
+    if node.reward:
+        return "yes" if node.reward.correct else "no"
+    if left is None or len(left) > SOLVER_NUMBERS:
+        return "unknown"
+    return "yes" if solvable(left, target) else "no"
 
 
 def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path, moment: str = "") -> None:

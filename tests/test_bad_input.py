@@ -269,7 +269,7 @@ experiments/plots.py curves runs/words --out models | none of the folders holds 
 ppo.py --resume runs/good --samples 8              | mcts has no use for --samples
 experiments/plots.py search empty.jsonl --out models.png | models.png is a folder: name a file
 experiments/plots.py search models                 | search wants files, not folders like models
-experiments/plots.py tree models                   | tree wants files, not folders like models
+experiments/plots.py tree models                   | models holds no trees
 experiments/plots.py scores scores.json models     | scores wants files, not folders like models
 experiments/plots.py search scores.json --out curves | out must end in .png, .pdf or .svg, not 'curves'
 experiments/plots.py scores scores.json --out scores.png | scores has no use for --out: leave it out
