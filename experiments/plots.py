@@ -10,6 +10,7 @@
     python -m experiments.plots validation results/targets/*                   # validation scores, the best first
     python -m experiments.plots scores results/cold/*                          # what evaluate.py wrote, a row a policy
     python -m experiments.plots tree RUN                                       # an interactive page: RUN/trees.html
+    python -m experiments.plots report RUN                                     # RUN/report.html: a run on one page
 
 `--out` names the file of a figure, else it is curves.png.
 """
@@ -35,6 +36,7 @@ from experiments.tables import TABLES, along, by_method, lead, pass_at, read_sco
 from runtime import cli, explorer
 from runtime.files import check_writable, write
 from runtime.run_folder import log_of
+from runtime.run_report import write_report
 
 COLORS = {"mcts": "#0b6e4f", "best-of-n": "#c8553d", "cispo": "#3d5a80", "grpo": "#7a6c9d", "none": "#e09f3e"}
 GRAY = "#8d99ae"
@@ -211,16 +213,16 @@ FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}
 
 @dataclass
 class PlotConfig:
-    """Draw a figure of runs, print their results as a table, or make a page of searched trees."""
+    """Draw a figure of runs, print their results as a table, or make a page of searched trees or of a run."""
 
-    # figures: curves, forest, search; tables: table, summary, overview, tokens, validation, scores; tree: a page
+    # figures: curves, forest, search; tables: table, summary, overview, tokens, validation, scores; pages: tree, report
     what: tyro.conf.Positional[str]
     folders: tyro.conf.Positional[list[Path]]  # runs; scores, search: of evaluate.py --out; tree: RUN/trees/*.json too
     out: Path | None = None  # of curves, forest and search: .png, .pdf or .svg; else curves.png
     x: str | None = None  # of curves: generated, decoded, seconds, cpu_seconds; else generated
 
     def __post_init__(self):
-        if self.what not in (known := (*FIGURES, *TABLES, "tree")):
+        if self.what not in (known := (*FIGURES, *TABLES, "tree", "report")):
             raise ValueError(f"the first word must be one of {', '.join(known)}, not {self.what!r}")
         if missing := [str(folder) for folder in self.folders if not folder.exists()]:
             raise ValueError(f"there is no {', '.join(missing)}")
@@ -268,6 +270,10 @@ def main() -> None:
     config = cli.read_config(PlotConfig)
     if config.what == "tree":
         print(tree_page(config.folders))
+        return
+    if config.what == "report":
+        for folder in config.folders:
+            print(write_report(folder))
         return
     if config.what in TABLES:
         print(TABLES[config.what](config.folders))

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import GROUP_METHODS, Config, flatten, preset_for
+from config import GROUP_METHODS, Config
 from runtime import drawing
 from runtime.files import typed, typed_program
 from runtime.scores import Score
+from runtime.settings import changed_settings
 from sampling import Progress, Trajectory, Usage
 
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -21,11 +22,10 @@ def beginning(config: Config) -> str:
     """What a run is about to do, and which settings are not its preset's."""
     limits = [(config.budget.tokens, "generated tokens"), (config.budget.steps, "steps")]
     budget = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit)
-    usual, shown = flatten(preset_for(config.preset, config.method)), flatten(config)
-    changed = [f"{name} {value}" for name, value in shown.items() if value != usual[name] and name != "out"]
+    changed = [f"{name} {value}" for name, value, _ in changed_settings(config)]
     return "\n".join(
         [
-            f"{config.method} on {config.model}, into {config.folder}/",
+            f"{config.method} on {config.model}, seed {config.seed}, into {config.folder}/",
             f"budget: {budget}",
             f"settings that differ from preset {config.preset}: {', '.join(changed) or 'none'}",
         ]

@@ -15,7 +15,7 @@ import torch
 
 from config import Config
 from countdown import Problem, draw, make_splits
-from runtime import data, memory, ranks, report, trees, watch
+from runtime import data, memory, ranks, report, run_report, trees, watch
 from runtime.board import load_tracker
 from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, pick_device
@@ -119,6 +119,7 @@ class Session:
         self.run.publish("policy", lambda folder: save_policy(self.policy, folder))
         self.scores["after"] = self.test()
         print(report.ending(self.scores, self.progress, self.config))
+        run_report.write_report(self.run.folder)
         return self.scores
 
     # -------------------------------------------------------------------------------------------- a step

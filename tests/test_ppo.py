@@ -577,14 +577,14 @@ def test_the_program_shows_its_configuration_and_runs_the_method(monkeypatch, ca
     program(["--preset", "tiny", "--search", "none"])
     assert seen == [(preset_for("tiny", "none"), collect_samples, False)]
     assert capsys.readouterr().out.splitlines() == [
-        "none on assets/tiny, into runs/none-tiny-seed0/",
+        "none on assets/tiny, seed 0, into runs/none-tiny-seed0/",
         "budget: 1,500,000 generated tokens",
         "settings that differ from preset tiny: none",
     ]
     program(["--search", "none", "--seed", "3", "--learning-rate", "0.5", "--tokens", "0", "--steps", "7"])
     assert capsys.readouterr().out.splitlines()[1:] == [
         "budget: 7 steps",
-        "settings that differ from preset tiny: seed 3, tokens 0, steps 7, learning_rate 0.5",
+        "settings that differ from preset tiny: tokens 0, steps 7, learning_rate 0.5",
     ]
 
 
