@@ -4,10 +4,14 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-vllm fuzz crash-test cluster-test long-haul study bench lab smollm2 doctor clean
+.PHONY: run play test test-slow test-vllm fuzz crash-test cluster-test long-haul study bench lab smollm2 doctor clean
 # preset tiny on a CPU and beside a GPU alike; another one: make run ARGS="--preset qwen1.5b"
 run: .venv/installed
 	$(BIN)/python ppo.py --search mcts $(ARGS)
+
+# the newest run at problems of your own: make play ARGS="3 5 7 9 44 --search"
+play: .venv/installed
+	$(BIN)/python play.py $(ARGS)
 
 # style, and all tests but the slow ones, on all cores
 test: .venv/installed-dev

@@ -150,11 +150,9 @@ class DistillConfig:
 
     lesson: str = "best-path"  # best-path (the post) or another lesson of distill.py
     answers: str = "visited"  # those of a tree that are graded: all that it draws, or visited by a simulation
-    dump_trees: int = 0  # trees of each step to keep, as RUN/trees/STEP.json
 
     def __post_init__(self):
         check_choices(self, lesson=LESSON_NAMES, answers=("all", "visited"))
-        check(self, "at least", 0, "dump_trees")
 
 
 @dataclass(frozen=True)
@@ -229,11 +227,13 @@ class MeasuringConfig:
     test_before: bool = True  # test the policy before training too
     eval_temperature: float = 1.0  # of all evaluations
     checkpoints: int = 10  # along the run; --resume goes on from the last one
+    track: str = "none"  # where metrics go besides the run folder and TensorBoard: trackio, wandb (pip install them)
 
     def __post_init__(self):
         check(self, "at least", 1, "eval_problems eval_samples test_problems test_samples checkpoints")
         check(self, "at least", 0, "evaluations")
         check(self, "above", 0, "eval_temperature")
+        check_choices(self, track=("none", "trackio", "wandb"))
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,6 @@ class Config:
                 f"{self.learning.problems} problems a step can't be cut into {self.cluster.step_shards} shards"
             )
         one_process = self.cluster.cluster == "none"
-        if self.distill and self.distill.dump_trees and not (one_process and self.cluster.step_shards == 1):
-            raise ValueError("dump_trees needs one process and one shard")
         if self.learning.old_logprobs == "recomputed" and self.cluster.max_staleness and not one_process:
             raise ValueError("recomputed log-probabilities can't correct for age: set max_staleness to 0")
 

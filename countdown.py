@@ -35,6 +35,9 @@ class Problem:
     numbers: tuple[int, ...]
     target: int
 
+    def __str__(self) -> str:
+        return f"{' '.join(map(str, self.numbers))} → {self.target}"
+
 
 # ------------------------------------------------------------------------------------------------ playing the game
 

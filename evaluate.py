@@ -87,7 +87,7 @@ def score_search(
 
 def chunks(problems: list[Problem], seed: int, what: str, progress: bool) -> Iterator[tuple[list[Problem], list[int]]]:
     """Some problems at a time, and a seed for each."""
-    for start in tqdm(range(0, len(problems), CHUNK), desc=what, leave=False, disable=not progress):
+    for start in tqdm(range(0, len(problems), CHUNK), desc=what, leave=False, disable=None if progress else True):
         chunk = problems[start : start + CHUNK]
         yield chunk, [stream(seed, start + i) for i in range(len(chunk))]
 

@@ -31,7 +31,6 @@ from distill import LESSONS
 from evaluate import score_policy
 from mcts import plant, search
 from policy import Batch, Policy
-from runtime import trees as tree_files
 from runtime.cli import command
 from runtime.guard import Stopped
 from runtime.launch import Trainer, launch
@@ -68,9 +67,6 @@ def collect_mcts(policy: Policy, sampler: Sampler, problems: list[Problem], conf
     trees = plant(policy, problems, rng.integers(2**63, size=len(problems)).tolist())
     usage = search(trees, sampler, grader(policy, config.task), config.search)
     trajectories = [t for tree in trees for t in LESSONS[config.distill.lesson](tree, config.search)]
-    if config.distill.dump_trees:
-        file = config.folder / "trees" / f"{policy.version:06d}.json"
-        tree_files.dump(trees[: config.distill.dump_trees], policy, config.search, file)
     statistics = [tree.statistics() for tree in trees]
     metrics = {f"tree_{name}": float(np.mean([row[name] for row in statistics])) for name in statistics[0]}
     return trajectories, usage, metrics

@@ -63,7 +63,7 @@ def main() -> None:
     bench = cli.read_config(LongHaul)
     config = replace(Config(), tree=TreeConfig(simulations=16, children=2, prior="sum")).change(
         out=bench.out, device="cpu", steps=bench.steps, tokens=0, problems=2, max_tokens=32, train_problems=500,
-        evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2, dump_trees=1,
+        evaluations=bench.rows, eval_problems=4, eval_samples=2, test_problems=4, test_samples=2,
         checkpoints=bench.rows, learning_rate=1e-5, failures=True,
     )  # fmt: skip
     rows: list[tuple[float, int]] = []

@@ -19,12 +19,12 @@ from runtime.data import are_those_of
 from runtime.files import check_writable
 from runtime.guard import Stopped
 from runtime.provenance import versions
-from runtime.run_folder import read_settings
+from runtime.run_folder import by_name, read_settings
 from runtime.unread import check_stated
 
 Settings = TypeVar("Settings")
 # settings that say where and how a run works, not what comes out
-INCIDENTAL = ("out", "checkpoints", "gpu_memory", "micro_batch_tokens", "cluster", "generator_timeout")
+INCIDENTAL = ("out", "checkpoints", "track", "gpu_memory", "micro_batch_tokens", "cluster", "generator_timeout")
 SHORT_HELP = {  # the settings that a student changes
     "method": "where answers come from",
     "preset": "tiny (a CPU, minutes), qwen1.5b (one GPU), post (the post's numbers)",
@@ -277,10 +277,8 @@ def type_of_topic(field) -> type | None:
 def result_settings(saved: dict) -> dict:
     """The settings in a config.json that decide a run's result, by their names alone. A model and data are known by
     their names, wherever they lie."""
-    flat = {}
-    for name, value in saved.items():
-        flat |= result_settings(value) if isinstance(value, dict) else {name: value}
-    if saved.get("cluster") == "none":
+    flat = by_name(saved)
+    if flat.get("cluster") == "none":
         flat["max_staleness"] = 0
     for name in ("model", "data"):
         if flat.get(name):

@@ -5,12 +5,12 @@ alone, and code that comes with a model is never run.
 """
 
 import json
-import logging
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -36,9 +36,6 @@ from runtime.model_checks import (
     difference,
 )
 from runtime.weights import VALUE_HEAD, load_value_head, read_model
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advertises a package not needed here
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 disable_progress_bar()  # of weights that are loaded or saved: it would break the run's own bar; downloads keep theirs
 

@@ -1,28 +1,33 @@
 """What a run tells: the numbers of a step, the bar on the terminal, the table at the end."""
 
+import sys
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import GROUP_METHODS, Config, flatten, preset_for
-from runtime.evaluation import TreeEvaluation
+from config import GROUP_METHODS, Config
+from runtime import drawing
 from runtime.files import typed, typed_program
 from runtime.scores import Score
+from runtime.settings import changed_settings
 from sampling import Progress, Trajectory, Usage
 
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+SMOOTH = 0.95  # weight of the steps before, in what the bar shows
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def beginning(config: Config) -> str:
     """What a run is about to do, and which settings are not its preset's."""
     limits = [(config.budget.tokens, "generated tokens"), (config.budget.steps, "steps")]
     budget = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit)
-    usual, shown = flatten(preset_for(config.preset, config.method)), flatten(config)
-    changed = [f"{name} {value}" for name, value in shown.items() if value != usual[name] and name != "out"]
+    changed = [f"{name} {value}" for name, value, _ in changed_settings(config)]
     return "\n".join(
         [
-            f"{config.method}, preset {config.preset}, {config.model}: {budget}, into {config.folder}/",
-            f"changed settings: {', '.join(changed) or 'none'}",
+            f"{config.method} on {config.model}, seed {config.seed}, into {config.folder}/",
+            f"budget: {budget}",
+            f"settings that differ from preset {config.preset}: {', '.join(changed) or 'none'}",
         ]
     )
 
@@ -66,39 +71,64 @@ def idle(steps: int, config: Config) -> str:
     return f"{which} taught the policy nothing, for want of {need}: try {advice}"
 
 
-def bar(method: str, share: float) -> tqdm:
-    """The bar of a run that has spent a share of its budget."""
-    return tqdm(total=100, desc=method, bar_format=BAR, initial=int(100 * share))
+class Terminal:
+    """What a run shows while it learns: a line that stays for every evaluation, and a bar below them."""
+
+    def __init__(self, method: str, share: float, rows: list[dict]):
+        """A run that has spent a share of its budget. `rows`: the metrics of a resumed one."""
+        self.bar = tqdm(total=100, desc=method, bar_format=BAR, initial=int(100 * share), disable=None)  # not in a pipe
+        self.scores = [row["eval_mean"] for row in rows if "eval_mean" in row]
+        self.averages: dict[str, float] = {}
+
+    def write(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def show(self, share: float, row: dict, samples: list[dict]) -> None:
+        """A step's row of metrics. After an evaluation: its score, and the first of the watched answers."""
+        if "eval_mean" in row:
+            self.scores.append(row["eval_mean"])
+            curve = f"{100 * share:3.0f} %  validation {self.scores[-1]:6.1%}  {sparkline(self.scores)}"
+            self.write("  ".join([curve, *(told(sample) for sample in samples[:1])]))
+        solved = self.average("solved", row.get("tree_solved", row.get("solved", row.get("correct", 0.0))))
+        speed = self.average("speed", row["tokens_per_second"])
+        self.bar.set_postfix_str(f"{solved:.0%} of the problems solved, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(min(100, 100 * share) - self.bar.n)
+
+    def average(self, name: str, value: float) -> float:
+        """The exponential average of a number over steps."""
+        before = self.averages.get(name, value)
+        self.averages[name] = SMOOTH * before + (1 - SMOOTH) * value
+        return self.averages[name]
 
 
-def show(bar: tqdm, progress: Progress, row: dict) -> None:
-    """How far the run is, its best evaluation, the step's reward."""
-    shown = {"best": f"{progress.best:.1%}"} if progress.best >= 0 else {}
-    shown |= {"reward": f"{row.get('reward', 0):+.2f}", "tok/s": f"{row['tokens_per_second']:.0f}"}
-    bar.set_postfix(shown)
-    bar.update(min(100, 100 * progress.share) - bar.n)
+def sparkline(values: list[float]) -> str:
+    """A curve as blocks of text, from 0 to its highest value."""
+    highest = max([*values, 1e-9])
+    return "".join(BLOCKS[round(value / highest * (len(BLOCKS) - 1))] for value in values)
+
+
+def told(sample: dict) -> str:
+    """A watched answer on the terminal: the problem, the answer's end, and the verdict."""
+    return (
+        f"{sample['problem']}:  {drawing.answer(sample['text'])}  {drawing.verdict(sample['right'], sample['reason'])}"
+    )
 
 
 def ending(scores: dict[str, Score], progress: Progress, config: Config) -> str:
     """The table at the end of a run, and what to do next."""
-    folder, best = typed(config.folder), "best/, " if config.measuring.evaluations else ""
+    folder = typed(config.folder)
     tested = min([config.measuring.test_problems, *(score.problems for score in scores.values())])
     lines = [
         f"\n{config.method} ({config.preset}, seed {config.seed}), {tested} held-out problems",
         *(f"  {when:7s} {score.line()}" for when, score in scores.items()),
         f"  {progress.step} steps, {progress.generated:,} tokens generated, {progress.decoded:,} decoded, "
         f"{progress.prefilled:,} prefilled, {progress.valued:,} read by the critic, {progress.seconds / 60:.1f} min",
-        f"  {folder}/: metrics.jsonl, config.json, checkpoint/, {best}policy/",
+        f"play:    {typed_program('play.py')} {folder}",
+        f"look:    tensorboard --logdir {folder}",
+        f"report:  {config.folder / 'report.html'}",
     ]
-    if config.task.split != "post":  # whose test problems the policy has seen
-        lines.append(f"  next: {typed_program('evaluate.py')} {folder} {search_options(config)}")
     return "\n".join(lines)
-
-
-def search_options(config: Config) -> str:
-    """evaluate.py's options for a search with a run's policy: those that are not its defaults."""
-    usual = flatten(TreeEvaluation())
-    own = flatten(config) | {"children": 8, "cutoff": None if config.cutoff is None else 0.02}
-    names = ("prior", "size", "max_tokens", "temperature", "dtype", "quantize", "children", "cutoff")
-    options = [f"--{name.replace('_', '-')} {own[name]}" for name in names if own.get(name, usual[name]) != usual[name]]
-    return " ".join(["--search mcts --budget 1024", *options])

@@ -2,14 +2,17 @@
 
 RUN/config.json               all settings, with versions, machine and commit
 RUN/metrics.jsonl             a line for each step: counters, rewards, losses, evaluation
-RUN/events.out.tfevents…      the same for TensorBoard
+RUN/samples.jsonl             answers to the same problems at every evaluation
+RUN/trees/                    one problem's tree at every evaluation
+RUN/report.html               the run on one page
+RUN/events.out.tfevents…      metrics and samples for TensorBoard
 RUN/checkpoint/               the newest checkpoint: policy (by `save_pretrained`), value head, optimiser, counters
 RUN/checkpoint.old/           the one before it, used if the newest is damaged (`sha256sum -c SHA256SUMS` checks it)
 RUN/best/                     the policy with the best validation mean
 RUN/policy/                   the final policy, for AutoModelForCausalLM / PeftModel
 
 A checkpoint is written under another name, forced to the disk and then renamed, so a kill at any moment leaves a whole
-one. When the run goes on, lines of metrics.jsonl that are younger than the checkpoint are removed.
+one. When the run goes on, lines of metrics.jsonl and samples.jsonl that are younger than the checkpoint are removed.
 """
 
 import gzip
@@ -22,10 +25,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from runtime.board import Board
 from runtime.files import is_whole, read_json, seal, sync, typed, write, writing
 from runtime.provenance import provenance
 
 LOGS = ("metrics.jsonl", "metrics.jsonl.gz")  # of a run; of a run that was packed into results/
+SAMPLES = "samples.jsonl"
 
 
 class Run:
@@ -35,11 +40,19 @@ class Run:
     folder of the checkpoint to load, or None if there is none yet, and `state` is what `checkpoint` got as state.
     """
 
-    def __init__(self, folder: Path, settings: dict, resume: bool = False, data: dict[str, str] | None = None):
-        """`data`: the checksums of the problems' files, if they come from files; part of the provenance."""
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        resume: bool = False,
+        data: dict[str, str] | None = None,
+        track: str = "none",
+    ):
+        """`data`: the checksums of the problems' files, if they come from files; part of the provenance. `track`: the
+        tracker that gets the metrics too."""
         from filelock import FileLock, Timeout
 
-        self.folder, self.data = Path(folder), data
+        self.folder, self.data, self.track = Path(folder), data, track
         self.metrics = self.folder / LOGS[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -54,15 +67,14 @@ class Run:
             raise
 
     def _open(self, settings: dict, resume: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         if not resume:
             check_unused(self.folder)
         self.settings = settings
         self.restored, self.state = self._restore() if resume else (None, {})
         if not self.restored:
             self.write_config()
-        self.board = SummaryWriter(str(self.folder), purge_step=self.state.get("step", -1) + 1 if resume else None)
+        first_step = self.state.get("step", -1) + 1 if resume else None
+        self.board = Board(self.folder, by_name(settings), self.track, first_step)
 
     def write_config(self) -> None:
         """Write the settings, and what the run was begun with. A resumed run calls this once its checkpoint is loaded:
@@ -86,16 +98,17 @@ class Run:
         self.lock.release()
 
     def log(self, row: dict) -> None:
-        """Append a line of metrics; its numbers also go to TensorBoard."""
+        """Append a line of metrics; its numbers also go to the board."""
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
         with writing(self.metrics):
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for key, value in row.items():
-                if isinstance(value, int | float) and key != "step":
-                    self.board.add_scalar(key, value, row["step"])
+            append(self.metrics, [row])
+            self.board.log(row)
+
+    def show(self, samples: list[dict]) -> None:
+        """Append answers to the watched problems; they also go to the board."""
+        with writing(self.folder / SAMPLES):
+            append(self.folder / SAMPLES, samples)
+            self.board.show(samples)
 
     def checkpoint(self, save: Callable[[Path], None], state: dict) -> None:
         """Write a checkpoint: `save(folder)` writes the tensors, `state` is the rest, as JSON. The checkpoint before it
@@ -142,9 +155,26 @@ class Run:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else {}
         if folder and state.pop("settings") != fingerprint(self.settings):
             print(f"note: {folder} was written with other settings")
-        rows = [row for row in read_metrics(self.folder) if row["step"] <= state.get("step", -1)]
-        write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        for file in (self.metrics, self.folder / SAMPLES):
+            rows = [row for row in read_rows(file) if row["step"] <= state.get("step", -1)]
+            write(file, "".join(json.dumps(row) + "\n" for row in rows))
         return folder, state
+
+
+def append(file: Path, rows: list[dict]) -> None:
+    """Add lines to a file, and force them to the disk."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def by_name(settings: dict) -> dict:
+    """The settings of a config.json by their names alone, without topics."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= by_name(value) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 # ------------------------------------------------------------------------------------------------ reading runs
@@ -170,18 +200,32 @@ def log_of(folder: Path) -> Path | None:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Copy a run's config.json and metrics to `target`; the metrics are compressed to a seventh."""
+    """Copy a run's config.json, metrics and watched answers to `target`; they are compressed to a seventh."""
     write(target / "config.json", (folder / "config.json").read_text(encoding="utf-8"))
-    write(target / LOGS[1], gzip.compress((folder / LOGS[0]).read_bytes(), mtime=0))
+    for name in (LOGS[0], SAMPLES):
+        if (folder / name).exists():
+            write(target / f"{name}.gz", gzip.compress((folder / name).read_bytes(), mtime=0))
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """A run's rows of metrics; an empty list if the folder holds no run.
+    """A run's rows of metrics; an empty list if the folder holds no run."""
+    file = log_of(folder)
+    return read_rows(file) if file else []
 
-    A torn last line, as a kill leaves it, is left out. ValueError for another line that is not a row of metrics.
+
+def read_samples(folder: Path) -> list[dict]:
+    """A run's answers to the watched problems; an empty list if it has none."""
+    plain = Path(folder) / SAMPLES
+    return read_rows(plain if plain.exists() else plain.with_name(f"{SAMPLES}.gz"))
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of metrics.jsonl or samples.jsonl; an empty list if there is no such file.
+
+    A torn last line, as a kill leaves it, is left out. ValueError for another line that is not a row with its step.
     """
-    file, rows, content = log_of(folder), [], b""
-    if file:
+    rows, content = [], b""
+    if file.exists():
         try:
             content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -195,7 +239,7 @@ def read_metrics(folder: Path) -> list[dict]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
         elif number < len(lines):
-            raise ValueError(f"{file} is damaged: line {number} is no row of metrics")
+            raise ValueError(f"{file} is damaged: line {number} is no row of a run")
     return rows
 
 

@@ -10,7 +10,6 @@ import html
 import json
 import math
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from config import Config
 from runtime import explorer
 from runtime.cli import restore
 from runtime.files import KIT, write
-from runtime.run_folder import ending, read_metrics, read_settings
+from runtime.run_folder import ending, read_metrics, read_samples, read_settings
 from runtime.scores import bootstrap
 from runtime.settings import changed_settings, command, topics
 
@@ -53,7 +52,7 @@ def write_report(folder: Path) -> Path:
         "change": change(before, after) if before and after else None,
         "evaluations": evaluations,
         "curves": {name: curve(rows, name) for name in CURVES},
-        "samples": read_samples(folder),
+        "samples": watched(read_samples(folder)),
         "explorer": explorer.page(trees) if trees else None,
         "changed": changed_settings(config),
         "topics": topics(config),
@@ -116,16 +115,12 @@ def curve(rows: list[dict], name: str) -> list[list[float]]:
     return [np.mean(numbers[i : i + size], axis=0).tolist() for i in range(0, len(numbers), size)]
 
 
-def read_samples(folder: Path) -> dict | None:
-    """The answers to the same problems at each evaluation. A line that a kill has torn is left out."""
-    answers, lines = {}, []
-    with suppress(FileNotFoundError):
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            row = json.loads(line)
-            answer = {"text": str(row["text"]), "right": row["right"] is True, "reason": str(row["reason"])}
-            answers[str(row["problem"]), int(row["step"])] = answer
+def watched(rows: list[dict]) -> dict | None:
+    """The rows of samples.jsonl by problem: an answer at each evaluation. None if there are none."""
+    answers = {}
+    for row in rows:
+        answer = {"text": str(row["text"]), "right": row["right"] is True, "reason": str(row["reason"])}
+        answers[str(row["problem"]), row["step"]] = answer
     problems, steps = dict.fromkeys(problem for problem, _ in answers), sorted({step for _, step in answers})
-    rows = [{"problem": name, "answers": [answers.get((name, step)) for step in steps]} for name in problems]
-    return {"steps": steps, "rows": rows} if rows else None
+    by_problem = [{"problem": name, "answers": [answers.get((name, step)) for step in steps]} for name in problems]
+    return {"steps": steps, "rows": by_problem} if by_problem else None

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import Config
 from countdown import Problem, draw, make_splits
-from runtime import data, memory, ranks, report
+from runtime import data, memory, ranks, report, run_report, trees, watch
+from runtime.board import load_tracker
 from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, pick_device
 from runtime.run_folder import Run, read_metrics
@@ -44,6 +44,7 @@ class Session:
         """`make_optimizer(policy, config)` and `score_policy(…)` come from ppo.py and evaluate.py, which runtime/ does
         not import."""
         self.config, self.score_policy, self.resume = config, score_policy, resume
+        load_tracker(config.measuring.track)
         self.device = pick_device(config.machine.device)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(config.seed)
@@ -75,7 +76,8 @@ class Session:
 
     def __enter__(self) -> "Session":
         sums = data.checksums(self.config.task.data) if self.config.task.data else None
-        self.run = Run(self.config.folder, asdict(self.config), self.resume, sums)
+        track = self.config.measuring.track
+        self.run = Run(self.config.folder, asdict(self.config), self.resume, sums, track)
         try:
             self.begin()
         except BaseException:
@@ -87,18 +89,21 @@ class Session:
         """Restore the last checkpoint. A new run is tested instead, and its start is the first checkpoint."""
         self.restore()
         ranks.synchronize(self.policy, self.optimizer)
-        self.bar = report.bar(self.config.method, self.progress.share)
-        for row in read_metrics(self.run.folder) if self.resume else []:
+        rows = read_metrics(self.run.folder) if self.resume else []
+        self.terminal = report.Terminal(self.config.method, self.progress.share, rows)
+        for row in rows:
             self.guard.check(row)
         if self.config.measuring.test_before:
             if not self.progress.before:
-                self.progress.before = asdict(self.test("before"))
+                self.progress.before = asdict(self.test())
             self.scores["before"] = Score.read(self.progress.before)
+            self.terminal.write(f"before training: {self.scores['before'].line()}")
         if not self.run.restored:
+            self.watch()
             self.checkpoint()
 
     def __exit__(self, kind, error, trace) -> None:
-        self.bar.close()
+        self.terminal.close()
         if kind is Stopped and not self.stopped_by_guard:  # `update` has refused a loss that is not finite
             self.progress.step += 1
             self.log({"stopped": str(error)})
@@ -110,10 +115,11 @@ class Session:
 
     def finish(self) -> dict[str, Score]:
         """Save and test the final policy; returns the test scores before and after training."""
-        self.bar.close()
+        self.terminal.close()
         self.run.publish("policy", lambda folder: save_policy(self.policy, folder))
-        self.scores["after"] = self.test("after")
+        self.scores["after"] = self.test()
         print(report.ending(self.scores, self.progress, self.config))
+        run_report.write_report(self.run.folder)
         return self.scores
 
     # -------------------------------------------------------------------------------------------- a step
@@ -135,11 +141,13 @@ class Session:
         self.progress.advance(usage, self.config.budget, ended - self.began)
         row = report.summarize(trajectories) | metrics | report.costs(usage, ended - self.collected, self.device)
         row["cpu_seconds"] = time.process_time() - self.cpu_began
+        samples = []
         if is_due(before, self.progress.share, measuring.evaluations):
             row |= self.validate()
+            samples = self.watch()
         reason = self.guard.check(row)
         if self.guard.idle_steps == 10 or self.guard.idle_steps == self.guard.all_idle_steps == 1:
-            tqdm.write(f"warning: {report.idle(self.guard.idle_steps, self.config)}")
+            self.terminal.write(f"warning: {report.idle(self.guard.idle_steps, self.config)}")
         elif self.guard.idle_steps >= self.guard.idle:
             reason = report.idle(self.guard.idle_steps, self.config)
         self.log(row | ({"stopped": reason} if reason else {}))
@@ -148,7 +156,7 @@ class Session:
             raise Stopped(f"step {self.progress.step}: {reason}")
         if is_due(before, self.progress.share, measuring.checkpoints):
             self.checkpoint()
-        report.show(self.bar, self.progress, row)
+        self.terminal.show(self.progress.share, row, samples)
 
     def log(self, row: dict) -> None:
         """Write a line of metrics: the counters, then `row`."""
@@ -172,12 +180,24 @@ class Session:
         row = {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
         return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
 
-    def test(self, when: str) -> Score:
-        """The score on the test problems; it is also logged, and shown on the terminal."""
+    def test(self) -> Score:
+        """The score on the test problems; it is also logged."""
         score = self.score("test", self.config.measuring.test_samples)
         self.log({f"test_{name}": value for name, value in asdict(score).items() if name != "usage"})
-        tqdm.write(f"test {when}: {score.line()}")
         return score
+
+    def watch(self) -> list[dict]:
+        """Keep answers to the watched problems and, of a search, one tree; returns the answers."""
+        if not self.config.measuring.evaluations:
+            return []
+        parts = self.policy, self.sampler, self.problems["validation"], self.config
+        samples = watch.answers(*parts, self.progress)
+        self.run.show(samples)
+        if self.config.tree:
+            step = self.progress.step
+            file = self.run.folder / "trees" / f"{step:06d}.json"
+            trees.dump([watch.tree(*parts)], self.policy, self.config.search, file, f"step {step}")
+        return samples
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

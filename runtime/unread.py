@@ -22,7 +22,7 @@ def unread(config: object) -> dict[str, str]:
         (s["selection"] == "gumbel", "c_puct", "--selection gumbel has no exploration constant"),
         (s["selection"] == "gumbel", "unvisited", "--selection gumbel completes Q in its own way"),
         (s["selection"] == "uct", "unvisited", "--selection uct visits each child before it compares their Q"),
-        (s["selection"] == "uct" and not s["dump_trees"], "prior", "--selection uct does without a prior"),
+        (s["selection"] == "uct", "prior", "--selection uct does without a prior"),
         (s["workers"] == 1, "virtual_loss", "with --workers 1 no visit is pending"),
         (s["simulations"] == 1, "workers virtual_loss c_puct unvisited", "--simulations 1 visits the root alone"),
         (s["children"] == 1, "selection c_puct prior unvisited virtual_loss", "--children 1 leaves no choice"),

@@ -90,8 +90,7 @@ ppo.py --dtype bfloat16                            | training all weights needs 
 ppo.py --quantize nf4                              | 4-bit weights can't be trained: set lora_rank above 0
 ppo.py --sampler vllm --quantize nf4 --lora-rank 8 | vLLM does not serve NF4 weights: set sampler to torch
 ppo.py --search none --lesson steps                | none has no use for --lesson: leave it out
-ppo.py --search none --dump-trees 2                | none has no use for --dump-trees
-ppo.py --search none --dump_trees 2                | none has no use for --dump_trees: leave it out
+ppo.py --search none --step_tokens 2               | none has no use for --step_tokens: leave it out
 ppo.py --search none --simulations 8               | none has no use for --simulations: leave it out
 ppo.py --data nowhere.jsonl                        | nowhere.jsonl. Of a data set of Hugging Face, pass a file
 ppo.py --data models                               | models needs one file test.jsonl, test.json or test.parquet
@@ -110,7 +109,6 @@ ppo.py --generators 2                              | several generators need a c
 ppo.py --cluster ray                               | cluster must be one of none, local, auto
 ppo.py --shards 99                                 | 16 problems a step can't be cut into 99 shards
 ppo.py --simulations 0                             | simulations must be at least 1
-ppo.py --dump-trees -1                             | dump_trees must be at least 0
 ppo.py --children 0                                | children must be at least 1
 ppo.py --c-puct inf                                | c_puct must be a finite number
 ppo.py --prior best                                | prior must be one of mean, sum, count, uniform
@@ -154,7 +152,7 @@ baselines.py --method cispo --search mcts          | --search and --method are o
 baselines.py --method cispo --samples 1            | cispo compares the samples of a problem
 baselines.py --method grpo --samples 1             | grpo compares the samples of a problem
 baselines.py --method best-of-n --samples 0        | samples must be at least 1
-baselines.py --method best-of-n --dump-trees 1     | best-of-n has no use for --dump-trees
+baselines.py --method best-of-n --lesson steps     | best-of-n has no use for --lesson
 baselines.py --method cispo --simulations 8        | cispo has no use for --simulations: leave it out
 ppo.py --search none --samples=64                  | none has no use for --samples: leave it out
 ppo.py --min-p 0.3                                 | there is no option --min-p

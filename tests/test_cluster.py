@@ -81,7 +81,6 @@ def test_metrics_of_shards_are_averaged_over_problems(problems):
         (dict(cluster="local", generators=3, problems=2), "2 problems a step can't be cut into 3 shards"),
         (dict(cluster="local", generators=5, shards=2), "5 generators, but at most 4 shards in work"),
         (dict(cluster="local", old_logprobs="recomputed"), "recomputed log-probabilities can't correct for age"),
-        (dict(cluster="local", dump_trees=1), "dump_trees needs one process and one shard"),
     ],
 )
 def test_what_several_processes_can_not_do_is_refused(options, message):

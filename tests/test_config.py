@@ -191,7 +191,6 @@ def test_a_mistyped_option_is_told_the_right_one(option, near, capsys):
         ("none", "--simulations"),
         ("best-of-n", "--children"),
         ("best-of-n", "--lesson"),
-        ("cispo", "--dump-trees"),
         ("cispo", "--value-learning-rate"),
         ("grpo", "--no-value-gradient"),
     ],

@@ -58,11 +58,11 @@ def test_a_path_in_advice_can_be_typed(name, tmp_path, monkeypatch):
         advice.append(str(error.value).partition("--resume ")[2].partition(" or ")[0].rstrip(","))
     score = Score(1, 1, 0, 0, 0, 0, 0, 0, 0, 0, Usage(), [0])
     text = report.ending({"after": score}, Progress(), preset_for("tiny", "mcts").change(out=folder))
-    advice.append(text.partition("evaluate.py ")[2].partition(" --search")[0])
+    advice.append(text.partition("play.py ")[2].partition("\n")[0])
     for typed in advice:
         (argument,) = shlex.split(typed)
         assert Path(argument) == folder and not argument.startswith("-")
-    assert shlex.split(text.partition("next: ")[2])[:2] == ["python", str(files.KIT / "evaluate.py")]
+    assert shlex.split(text.partition("play:")[2].partition("\n")[0])[:2] == ["python", str(files.KIT / "play.py")]
 
 
 def test_on_windows_a_path_has_double_quotes(monkeypatch):

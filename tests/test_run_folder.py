@@ -116,10 +116,11 @@ def test_metrics_reach_tensorboard(run):
     """Prevents an empty dashboard, and one that shows steps twice after --resume."""
 
     def shown():
-        return [(event.step, event.value) for event in EventAccumulator(str(run.folder)).Reload().Scalars("reward")]
+        events = EventAccumulator(str(run.folder)).Reload()
+        return [(event.step, event.value) for event in events.Scalars("lessons/reward")]
 
     run.checkpoint(saver("first"), {"step": 1})
-    run.board.flush()
+    run.board.writer.flush()
     assert shown() == [(step, step / 4) for step in range(4)]
     time.sleep(1)  # its files are read in the order of the seconds in their names
     run.lock.release()
@@ -142,7 +143,7 @@ def test_a_damaged_line_before_the_last_is_told(run, line):
     """Prevents a run that goes on, or is published, without rows that it had."""
     lines = run.metrics.read_text(encoding="utf-8").splitlines()
     run.metrics.write_text("\n".join([*lines[:1], line, *lines[2:]]), encoding="utf-8")
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2 is no row of metrics$"):
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2 is no row of a run$"):
         read_metrics(run.folder)
 
 

@@ -156,7 +156,6 @@ def test_what_has_no_effect_is_refused_whatever_its_value(method, options, monke
         ("mcts", "--lora-rank 4 --dtype bfloat16 --clip 2"),  # sampler and trainer round in their own ways
         ("mcts", "--selection gumbel --prior uniform --virtual-loss visit"),
         ("mcts", "--selection uct --c-puct 1"),
-        ("mcts", "--selection uct --dump-trees 2 --prior uniform"),  # a dumped tree tells it
         ("mcts", "--generators 1 --shards 2"),
         ("mcts", "--gpu-memory 8 --device cpu"),  # an estimate for another machine
         ("none", "--learning-rate 0 --warmup 3"),  # the critic learns

@@ -1,0 +1,126 @@
+"""From play.py's command line to the players at the table."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import tyro
+
+from config import TINY, Config, SearchConfig, check, preset_for
+from countdown import Problem, solve
+from policy import Policy
+from runtime.cli import read_config, restore
+from runtime.data import LARGEST, SOLVER_NUMBERS
+from runtime.evaluation import run_of
+from runtime.loading import load_policy, locate, pick_device
+from runtime.run_folder import read_settings
+from runtime.torch_sampler import TorchSampler
+from sampling import Grade, Sampler
+
+
+@dataclass
+class Play:
+    """Give the policy before and after training a problem: play.py [MODEL] 3 5 7 9 44. Without numbers it asks."""
+
+    words: tyro.conf.Positional[tuple[str, ...]] = ()  # a model (default: the newest run), numbers, the target
+    search: bool = False  # draw the trained policy's tree too
+    samples: int = 64  # answers of each policy
+    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0
+
+    def __post_init__(self):
+        check(self, "at least", 1, "samples")
+        check(self, "at least", 0, "seed")
+
+
+@dataclass
+class Player:
+    name: str
+    policy: Policy
+    sampler: Sampler
+
+
+@dataclass
+class Table:
+    """The players, the base first, and how they play."""
+
+    players: list[Player]
+    tree: SearchConfig
+    exact: bool  # a near miss earns nothing
+    settings: Play
+
+    def grade(self, policy: Policy) -> Grade:
+        """The verifier, with the reward of the search in training."""
+        return partial(policy.grade, exact=self.exact)
+
+
+def sit_down(args: list[str]) -> tuple[Table, Problem | None]:
+    """The table that a command line asks for, and its problem if it states one. ValueError, before anything is loaded,
+    for a problem that is none."""
+    settings = read_config(Play, args)
+    model, words = split_words(settings.words)
+    problem = parse(" ".join(words)) if words else None
+    model = model or newest_run() or TINY
+    config = config_of(model)
+    names = [model] if not run_of(model) else [config.model, model]
+    print(f"loading {' and '.join(names)} …")
+    device = pick_device(settings.device)
+    players = [sit(name, config, device) for name in names]
+    tree = config.change(temperature=config.learning.temperature).search
+    return Table(players, tree, config.task.reward == "exact", settings), problem
+
+
+def split_words(words: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The model and the words of the problem. The first word is the model unless it is a number."""
+    if words and not words[0].rstrip(",").isdigit():
+        return words[0], list(words[1:])
+    return "", list(words)
+
+
+def newest_run() -> str:
+    """The folder of the newest run under runs/ with a policy; empty if there is none."""
+    policies = [path for name in ("policy", "best") for path in Path("runs").glob(f"*/{name}")]
+    newest = max(policies, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return ""
+    run = newest.parent
+    return str(run if (run / "policy").is_dir() else newest)
+
+
+def config_of(model: str) -> Config:
+    """The settings of the run that a model is, or those of the preset that fits it; always with a tree."""
+    run = run_of(model)
+    if not run:
+        return preset_for("tiny" if locate(model)[0] == locate(TINY)[0] else "qwen1.5b", "mcts")
+    config, _ = restore(Config, read_settings(run), run)
+    if config.tree:
+        return config
+    usual = preset_for(config.preset, "mcts")
+    return replace(config, method="mcts", group=None, tree=usual.tree, distill=usual.distill)
+
+
+def sit(name: str, config: Config, device: str) -> Player:
+    """A policy, loaded as the run had it, with a sampler."""
+    machine = config.machine
+    options = dict(train=False, template_options=config.task.template_options)
+    policy = load_policy(name, 0, device, machine.dtype, machine.quantize, **options)
+    return Player(name, policy, TorchSampler(policy))
+
+
+# ------------------------------------------------------------------------------------------------ Countdown
+
+
+def parse(text: str) -> Problem:
+    """A problem that a person has typed: numbers, then the target. ValueError for anything else."""
+    words = text.replace(",", " ").replace("→", " ").replace("=", " ").split()
+    if len(words) < 2 or not all(word.isdecimal() and 0 < int(word) <= LARGEST for word in words):
+        raise ValueError(f"type positive whole numbers, the target last, as 3 5 7 9 44: not {text[:40]!r}")
+    *numbers, target = map(int, words)
+    return Problem(tuple(numbers), target)
+
+
+def solution(problem: Problem) -> str:
+    """A right answer, by the exact solver."""
+    if len(problem.numbers) > SOLVER_NUMBERS:
+        return f"it takes problems of up to {SOLVER_NUMBERS} numbers"
+    return solve(problem.numbers).get(problem.target, f"{problem.target} can't be reached")
