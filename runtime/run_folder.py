@@ -35,11 +35,11 @@ class Run:
     folder of the checkpoint to load, or None if there is none yet, and `state` is what `checkpoint` got as state.
     """
 
-    def __init__(self, folder: Path, settings: dict, resume: bool = False, data: dict[str, str] | None = None):
-        """`data`: the checksums of the problems' files, if they come from files; part of the provenance."""
+    def __init__(self, folder: Path, settings: dict, resume: bool = False, checksums: dict | None = None):
+        """`checksums`: those of the files that problems and task come from; part of the provenance."""
         from filelock import FileLock, Timeout
 
-        self.folder, self.data = Path(folder), data
+        self.folder, self.checksums = Path(folder), checksums or {}
         self.metrics = self.folder / LOGS[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -67,7 +67,7 @@ class Run:
     def write_config(self) -> None:
         """Write the settings, and what the run was begun with. A resumed run calls this once its checkpoint is loaded:
         settings that the checkpoint does not fit are never written."""
-        begun_with = provenance() | ({"data": self.data} if self.data else {})
+        begun_with = provenance() | self.checksums
         if self.restored:
             begun_with = read_settings(self.folder).get("provenance")
         settings = self.settings | {"provenance": begun_with}

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 from config import SearchConfig
-from countdown import follow, solvable
+from countdown import SOLVER_NUMBERS, follow, solvable
 from distill import most_visited_path
 from mcts import Node, Tree
 from policy import Policy
-from runtime.data import SOLVER_NUMBERS
 from runtime.files import write
 
 
