@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from config import SearchConfig
-from countdown import Problem
 from mcts import plant, search
 from policy import Policy
 from runtime.cli import command, fail
@@ -30,7 +29,7 @@ from runtime.evaluation import Evaluation, load, parse
 from runtime.files import write
 from runtime.provenance import provenance
 from runtime.scores import Score
-from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, shared_rows, stream
+from sampling import Problem, Sampler, SamplingParams, Trajectory, Usage, complete, shared_rows, stream
 
 CHUNK = 64  # problems sampled between two updates of the progress bar
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, LearningConfig, TaskConfig
-from countdown import Problem
 from distill import LESSONS
 from evaluate import score_policy
 from mcts import plant, search
@@ -37,7 +36,7 @@ from runtime.launch import Trainer, launch
 from runtime.micro_batches import MicroBatches, merge, right_align
 from runtime.scores import Score
 from runtime.session import Session
-from sampling import Collect, Collected, Grade, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
+from sampling import Collect, Collected, Grade, Problem, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
 
 IMPORTANCE_CAP = 2.0  # of pi_trainer / pi_sampler, with old_logprobs "truncated"
 MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a step warns, nats a token

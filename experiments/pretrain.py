@@ -30,8 +30,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
-from config import check
-from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
+from config import check, check_ranges
+from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
 from runtime import cli
 from runtime.files import check_writable
 from runtime.weights import read_tensors
@@ -156,7 +156,7 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_game(size=self.size, highest=self.highest, seed=self.seed)
+        check_ranges(size=self.size, highest=self.highest, seed=self.seed)
         check(self, "at least", 1, "steps batch width warmup hidden layers save_every")
         check(self, "at most", MAX_LENGTH, "width")
         check(self, "at least", 0, "learning_rate adam_learning_rate on_target early_on_target rarity")

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 
 from config import Config
-from countdown import Problem, draw, make_splits
-from runtime import data, memory, ranks, report, run_report, trees, watch
+from runtime import memory, ranks, report, run_report, tasks, trees, watch
 from runtime.board import load_tracker
 from runtime.guard import Guard, Stopped
-from runtime.loading import load_policy, pick_device
+from runtime.loading import load_policy, locate, pick_device, read_chat
 from runtime.run_folder import Run, read_metrics
 from runtime.samplers import make_sampler
 from runtime.scores import Score
 from runtime.weights import load_weights, read_tensors, save_policy
-from sampling import Progress, Trajectory, Usage
+from sampling import Problem, Progress, Trajectory, Usage, draw
 
 ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, temperature, max_tokens, seed, progress)
 
@@ -48,11 +47,12 @@ class Session:
         self.device = pick_device(config.machine.device)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(config.seed)
-        self.problems = splits(config)
-        for line in remarks(self.problems, config):
+        task = tasks.load_task(config.task)
+        self.problems = tasks.splits(task, config)
+        for line in tasks.remarks(self.problems, config):
             print(line)
-        own = data.longest(sum(self.problems.values(), [])) if config.task.data else []
-        self.plan = memory.plan(config, self.device, own)
+        chat = read_chat(*locate(config.model), task, config.task.template_options)
+        self.plan = memory.plan(config, self.device, chat.longest(sum(self.problems.values(), [])))
         if self.plan.estimate:
             print(self.plan)
         self.policy = load_policy(
@@ -63,6 +63,7 @@ class Session:
             config.machine.quantize,
             config.machine.gradient_checkpointing,
             template_options=config.task.template_options,
+            task=task,
         )
         self.sampler = make_sampler(self.plan, self.policy, config.seed)
         self.optimizer = make_optimizer(self.policy, config)
@@ -75,8 +76,7 @@ class Session:
     # -------------------------------------------------------------------------------------------- begin and end
 
     def __enter__(self) -> "Session":
-        sums = data.checksums(self.config.task.data) if self.config.task.data else None
-        track = self.config.measuring.track
+        sums, track = tasks.checksums(self.config.task), self.config.measuring.track
         self.run = Run(self.config.folder, asdict(self.config), self.resume, sums, track)
         try:
             self.begin()
@@ -233,24 +233,6 @@ class Session:
             group["initial_lr"] = rate
         set_random_state(read_tensors(folder / "random.pt"))
         self.run.write_config()
-
-
-def splits(config: Config) -> dict[str, list[Problem]]:
-    """The run's problems, by split: train, validation, test."""
-    task, measuring = config.task, config.measuring
-    if task.data:
-        own = data.read_splits(task.data)
-        validation, test = own["validation"][: measuring.eval_problems], own["test"][: measuring.test_problems]
-        return {"train": own["train"], "validation": validation, "test": test}
-    sizes = dict(train=task.train_problems, validation=measuring.eval_problems, test=measuring.test_problems)
-    return make_splits(task.split, **sizes, size=task.size)
-
-
-def remarks(problems: dict[str, list[Problem]], config: Config) -> list[str]:
-    """What a run says of its problems, a line each."""
-    if config.task.data:
-        return [data.counts(problems, config), *data.remarks(problems, config.model)]
-    return data.unfamiliar(problems["train"], config.model)
 
 
 def is_due(before: float, after: float, times: int) -> bool:

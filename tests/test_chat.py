@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from config import TINY
 from countdown import RULES, Problem, verify
-from policy import turn_end
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from runtime.weights import save_policy
@@ -78,7 +77,7 @@ def test_rules_and_numbers_are_in_every_prompt(chat, template, expected, end):
     policy = load_policy(chat(template), train=False)
     assert policy.tokenizer.decode(policy.encode(PROBLEM)) == expected
     stop = policy.tokenizer.convert_tokens_to_ids(end) if end else None
-    assert turn_end(policy.tokenizer) == stop and (stop is None or stop in policy.stop_ids)
+    assert policy.chat.turn_end() == stop and (stop is None or stop in policy.stop_ids)
 
 
 @pytest.mark.parametrize("template, message", [

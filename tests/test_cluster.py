@@ -19,14 +19,13 @@ from torch.testing import assert_close
 import baselines
 import ppo
 from config import Config
-from countdown import Reward, draw
 from runtime import cluster, provenance, run_folder
 from runtime.cli import parse
 from runtime.cluster import Cluster, Shard, ShardResult, collecting, connect, in_shards, merge_shards, split_step
 from runtime.run_folder import read_metrics
-from runtime.session import splits
+from runtime.tasks import load_task, splits
 from runtime.torch_sampler import TorchSampler
-from sampling import SamplingParams, Trajectory, Usage
+from sampling import Reward, SamplingParams, Trajectory, Usage, draw
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
 
@@ -195,7 +194,7 @@ def step(collector, config, number):
 
 
 def drawn(config, steps):
-    data = splits(config)["train"]
+    data = splits(load_task(config.task), config)["train"]
     return Counter(
         problem for number in range(steps) for problem in draw(data, config.learning.problems, config.seed, number)[0]
     )

@@ -107,7 +107,7 @@ def test_the_memory_estimate_holds(tiny_config, method):
         **({"tree": TreeConfig(simulations=32, children=4)} if method == "mcts" else {"samples": 16}),
     )  # fmt: skip
     try:
-        plan = memory.plan(config, "cuda")
+        plan = memory.plan(config, "cuda", 16)
         ppo.train(config, EVERY[method])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -255,9 +255,7 @@ def test_problems_that_the_embedded_policy_does_not_know_are_told(tmp_path, prob
 def test_the_longest_prompts_are_among_the_measured(policy):
     """Prevents a prompt that does not fit into the context in the middle of a run."""
     problems = [Problem((1,) * k, 3) for k in range(1, 60)] + [Problem((99_999_999,) * 3, 99_999_999)] * 90
-    chosen = data.longest(problems)
-    assert max(len(policy.encode(p)) for p in chosen) == max(len(policy.encode(p)) for p in problems)
-    assert len(chosen) <= 64
+    assert policy.chat.longest(problems) == max(len(policy.encode(p)) for p in problems)
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -289,7 +289,7 @@ def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(pol
 def test_all_stop_tokens_count(policy, stops, expected):
     """Prevents completions of Qwen's instruct models, which have two stop tokens, from running on."""
     policy.lm.generation_config.eos_token_id = stops
-    assert Policy(policy.lm, policy.tokenizer, lora=False, train=False).stop_ids == expected
+    assert Policy(policy.lm, policy.chat, lora=False, train=False).stop_ids == expected
 
 
 # ------------------------------------------------------------------------------------------------ files

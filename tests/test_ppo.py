@@ -209,7 +209,7 @@ def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_conf
     def near(text, problem):
         return Reward(0.5, False, True, "near") if len(text) % 2 else Reward(1.0, True, True, "right")
 
-    monkeypatch.setattr("policy.verify", near)
+    monkeypatch.setattr("countdown.verify", near)
     for name, values in {"dense": {0.5, 1.0}, "exact": {-1.0, 1.0}}.items():
         config = tiny_config(method, reward=name, **({"lesson": "answers"} if method == "mcts" else {}))
         found, _, _ = COLLECTORS[method](moved, TorchSampler(moved), problems * 8, config, np.random.default_rng(0))
