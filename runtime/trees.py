@@ -67,6 +67,6 @@ def reach(node: Node, left: tuple[int, ...] | None, target: int) -> str:
     return "yes" if solvable(left, target) else "no"
 
 
-def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path) -> None:
+def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path, moment: str = "") -> None:
     """Write trees as JSON."""
-    write(file, json.dumps([tree_to_dict(tree, policy, config) for tree in trees]))
+    write(file, json.dumps([tree_to_dict(tree, policy, config, moment) for tree in trees]))
