@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from config import Config
-from runtime import memory, ranks, report, run_report, tasks, trees, watch
+from runtime import memory, model_card, ranks, report, run_report, tasks, trees, watch
 from runtime.board import load_tracker
+from runtime.files import seal
 from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, locate, pick_device, read_chat
 from runtime.run_folder import Run, read_metrics
@@ -116,8 +117,10 @@ class Session:
     def finish(self) -> dict[str, Score]:
         """Save and test the final policy; returns the test scores before and after training."""
         self.terminal.close()
-        self.run.publish("policy", lambda folder: save_policy(self.policy, folder))
+        self.run.publish("policy", self.save)
         self.scores["after"] = self.test()
+        self.write_card(self.run.folder / "policy")
+        seal(self.run.folder / "policy")
         print(report.ending(self.scores, self.progress, self.config))
         run_report.write_report(self.run.folder)
         return self.scores
@@ -176,7 +179,7 @@ class Session:
         score = self.score("validation", self.config.measuring.eval_samples)
         if score.mean_at_k > self.progress.best:
             self.progress.best = score.mean_at_k
-            self.run.publish("best", lambda folder: save_policy(self.policy, folder))
+            self.run.publish("best", self.save)
         row = {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
         return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
 
@@ -201,11 +204,22 @@ class Session:
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
+    def save(self, folder: Path) -> None:
+        """The policy with its model card."""
+        save_policy(self.policy, folder)
+        self.write_card(folder)
+
+    def write_card(self, folder: Path) -> None:
+        scores = {when: score for when, score in self.scores.items() if folder.name.startswith("policy")}
+        place = str(self.run.folder / folder.name.removesuffix(".new"))
+        text = model_card.card(self.config, self.progress, scores, self.policy.chat, place)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
     def checkpoint(self) -> None:
         """Write all that the run needs to go on."""
 
         def save(folder: Path) -> None:
-            save_policy(self.policy, folder)
+            self.save(folder)
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(random_state(), folder / "random.pt")
 

@@ -13,7 +13,7 @@ import evaluate as module
 from config import SearchConfig
 from countdown import Problem, Reward
 from evaluate import best_of_budget, score_policy, score_search
-from runtime import evaluation, scores
+from runtime import scores
 from runtime.scores import Score, bootstrap
 from runtime.torch_sampler import TorchSampler
 from sampling import Usage

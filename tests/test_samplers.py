@@ -296,12 +296,14 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen, misread)
     with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
         picked("vllm", "cpu")
     monkeypatch.setattr(samplers, "find_spec", lambda name: name)
+    monkeypatch.setattr(samplers, "borrowed", lambda architectures: architectures == ["SeedOssForCausalLM"])
     assert picked("auto", "cuda:0") == picked("vllm", "cpu") == "vllm"
     assert picked("auto", "cuda", dtype="float32", lora_rank=0) == "vllm"
     assert picked("auto", "cpu") == picked("auto", "cuda", quantize="nf4") == "torch"
     assert picked("auto", "cuda", distinct=True) == "torch"
     assert picked("auto", "cuda", dtype="float32") == picked("auto", "cuda", lora_rank=513) == "torch"
     assert picked("auto", "cuda", model=str(misread), lora_rank=0) == "torch"  # its tokenizer is read in another way
+    assert picked("auto", "cuda", model=str(TINY), dtype="float32", lora_rank=0) == "torch"
     with pytest.raises(ValueError, match="does not serve NF4"):
         picked("vllm", "cuda", quantize="nf4")
 
@@ -348,6 +350,13 @@ def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(misread, swept):
     """Prevents steps that never end. vLLM looks for </step> in the text of its AutoTokenizer."""
     with pytest.raises(ValueError, match="^vLLM reads this model's tokenizer in another way: pass --sampler torch$"):
         VLLMSampler(load_policy(misread), 256, 0.1)
+
+
+@needs_vllm
+def test_a_class_that_vllm_borrows_of_transformers_is_refused(swept):
+    """Prevents a trainer whose model breaks in the first update: vLLM changes the class of transformers."""
+    with pytest.raises(ValueError, match="^vLLM runs this model through transformers' classes: pass --sampler torch$"):
+        VLLMSampler(load_policy(TINY), 256, 0.1)
 
 
 @pytest.mark.gpu
