@@ -341,7 +341,8 @@ def misread(tmp_path):
     """The embedded policy as a Qwen2: the same network, but AutoTokenizer takes its word pieces for bytes."""
     folder = shutil.copytree(TINY, tmp_path / "misread")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "qwen2"}), encoding="utf-8")
+    name = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings | name), encoding="utf-8")
     return folder
 
 
