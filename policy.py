@@ -23,7 +23,6 @@ from sampling import Problem, Reward
 
 # largest [rows, V] in memory; with smaller chunks the head's gradient is added up more often
 LOGIT_CHUNK = 2**24
-CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
 
 class ValueHead(nn.Module):
@@ -146,13 +145,9 @@ class Policy(nn.Module):
     @torch.no_grad()
     def values(self, states: list[list[int]]) -> list[float]:
         """The critic's V(s) in [-1, 1] of each state, a token sequence, read at its last token."""
-        values = [0.0] * len(states)
-        for group in group_by_length([len(state) for state in states], CRITIC_TOKENS):
-            ids, attention = left_pad([states[i] for i in group], self.tokenizer.pad_token_id, self.device)
-            hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
-            for i, value in zip(group, self.value_head(hidden).tolist(), strict=True):
-                values[i] = value
-        return values
+        ids, attention = left_pad(states, self.tokenizer.pad_token_id, self.device)
+        hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
+        return self.value_head(hidden).tolist()
 
     def batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -179,18 +174,6 @@ class Policy(nn.Module):
         with self.as_reference():
             return self.logprobs(*self.states(batch), temperature)[0]
 
-    # -------------------------------------------------------------------------------------------- weights
-
-    def trained_weights(self) -> dict[str, Tensor]:
-        """What training changes, by name, on the CPU: adapter or all weights, and the value head."""
-        return {name: p.detach().cpu() for name, p in self.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """`trained_weights` of a policy with the same settings."""
-        for name, weight in weights.items():
-            self.get_parameter(name).copy_(weight)
-
 
 def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log softmax(head(hidden) / temperature) at `targets` and the entropy, each [B, T], for hidden [B, T, H].
@@ -214,19 +197,3 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
         for s, t in zip(states.split(size), tokens.split(size), strict=True)
     ]
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
-
-
-def group_by_length(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, the longest first. A group has at most `tokens` tokens with its
-    padding, at most the share `padding` of them padding, and at least one sequence."""
-    groups: list[list[int]] = []
-    area = filled = 0  # tokens of the last group with and without padding, if the next sequence joins it
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups:
-            area = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
-            filled = sum(lengths[j] for j in groups[-1]) + lengths[i]
-        if groups and area <= tokens and area - filled <= padding * area:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from config import Config, LearningConfig, TaskConfig
 from distill import LESSONS
-from evaluate import score_policy
 from mcts import plant, search
 from policy import Batch, Policy
 from runtime.cli import command
@@ -47,7 +46,7 @@ MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a s
 def train(config: Config, collect: Collect, resume: bool = False) -> dict[str, Score]:
     """Run a method to the end of its budget; returns the test scores before and after."""
     learning = config.learning
-    with Session(config, make_optimizer, score_policy, resume) as session:
+    with Session(config, make_optimizer, resume) as session:
         while not session.finished:
             problems, rng = session.draw()
             trajectories, usage, metrics = collect(session.policy, session.sampler, problems, config, rng)

@@ -120,9 +120,8 @@ class Trajectory:
     logprobs: list[float]  # log pi of the policy that sampled it
     reward: Reward
     advantages: list[float] | None = None  # None: the critic's R - V(s_t)
-    returns: list[float] | None = (
-        None  # the critic's targets; None: R; with `advantages` given the critic then learns nothing
-    )
+    # the critic's targets; None: R; with `advantages` given the critic then learns nothing
+    returns: list[float] | None = None
     critic_only: bool = False  # teaches the critic, not the policy
 
     @property

@@ -37,6 +37,7 @@ from runtime.files import check_writable
 from runtime.loading import load_policy
 from runtime.tasks import load_task, splits
 from runtime.torch_sampler import TorchSampler
+from runtime.weights import trained_weights
 from sampling import draw
 
 GENERATORS = (1, 2, 4, 8, 16, 32, 64)
@@ -153,7 +154,7 @@ def copy_rates(ray, policy) -> dict[str, float]:
         copies.append(ray.get(task.remote(ref)))
     began = time.perf_counter()
     for _ in range(10):
-        ray.put({name: weight.numpy() for name, weight in policy.trained_weights().items()})
+        ray.put({name: weight.numpy() for name, weight in trained_weights(policy).items()})
     publish = (time.perf_counter() - began) / 10
     size = array.nbytes / 1e9
     return {"publish": publish, "put": size / median(puts[1:]), "copy": size / median(copies[1:])}

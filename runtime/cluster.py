@@ -38,6 +38,7 @@ from runtime.provenance import identity
 from runtime.run_folder import read_metrics
 from runtime.samplers import make_sampler
 from runtime.torch_sampler import TorchSampler
+from runtime.weights import set_weights, trained_weights
 from sampling import Collect, Collected, Problem, Sampler, Trajectory, Usage, draw
 
 TRIES = 5  # generators that may be lost with one shard, or one after another while they start
@@ -134,7 +135,7 @@ class Generator:
 
     def collect(self, shard: Shard, version: int, weights: dict[str, np.ndarray]) -> Collected:
         if version != self.policy.version:
-            self.policy.set_weights({name: torch.tensor(array) for name, array in weights.items()})
+            set_weights(self.policy, {name: torch.tensor(array) for name, array in weights.items()})
             self.policy.version = version
         return collect_shard(self.collector, self.policy, self.sampler, shard, self.config)
 
@@ -224,7 +225,7 @@ class Cluster:
     def __call__(self, policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
         """A step's worth of trajectories. `problems` and `rng` are not read: `draw` makes them for later steps too."""
         started, step = time.perf_counter(), policy.version
-        self.weights = step, self.ray.put({name: w.numpy() for name, w in policy.trained_weights().items()})
+        self.weights = step, self.ray.put({name: w.numpy() for name, w in trained_weights(policy).items()})
         self.hand_out(step, config)
         results, dropped = self.gather(step)
         trajectories, usage, metrics = merge_shards(results)

@@ -1,18 +1,23 @@
-"""From evaluate.py's command line to a policy, a sampler and problems."""
+"""All of evaluate.py but the search: settings, policy, sampler and problems, and the program around a score."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 
 from config import TINY, SearchConfig, TaskConfig, TreeConfig, absolute_task, check, check_choices, check_ranges
 from policy import Policy
 from runtime import data, tasks
 from runtime.cli import fail, given, normalized, option_names, read_config, restore
-from runtime.files import check_writable
+from runtime.files import check_writable, write
 from runtime.loading import load_policy, locate, pick_device, read_chat, read_model_config
+from runtime.provenance import provenance
 from runtime.run_folder import log_of, read_settings
 from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
+from runtime.scores import Score
 from runtime.torch_sampler import KEPT, check_context, context_of
 from runtime.unread import check_stated
 from sampling import Problem, Sampler, Task
@@ -205,3 +210,45 @@ def check_settings(config: Evaluation, task: TaskConfig) -> None:
         if task.data:
             raise ValueError(f"{config.model} was trained with --data {task.data}: leave out --size")
         raise ValueError(f"{config.model} has learnt the game with {task.size} numbers: pass --size {task.size}")
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def run(config: Evaluation, score_policy: Callable[..., Score], score_search: Callable[..., Score]) -> None:
+    """Measure, print and write what the command line asks for, by the functions of evaluate.py."""
+    done = []
+    try:
+        for score in scores(config, score_policy, score_search):
+            done.append(asdict(score))
+            if config.out:  # before the lines below: whoever reads them may be gone
+                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
+                result = asdict(config) | used | {"scores": done, "provenance": provenance()}
+                write(config.out, json.dumps(result, default=str))
+            show(config, score)
+    except torch.OutOfMemoryError:
+        kept = f" or --kept {config.kept}" if config.method == "mcts" else ""
+        fail(f"out of GPU memory: pass less than --rows {config.rows}{kept}, or --quantize nf4")
+
+
+def scores(config: Evaluation, score_policy, score_search) -> Iterator[Score]:
+    """A score of the policy alone, or one of a search for each budget."""
+    policy, sampler, problems = load(config)
+    if config.method == "none":
+        settings = config.samples, config.temperature, config.max_tokens, config.seed
+        yield score_policy(policy, sampler, problems, *settings, progress=True)
+        return
+    for budget in config.budget:
+        settings = config.method, config.search(budget), config.seed
+        yield score_search(policy, sampler, problems, *settings, progress=True)
+
+
+def show(config: Evaluation, score: Score) -> None:
+    """Print a score and what it cost."""
+    usage = score.usage
+    counts = [f"{getattr(usage, name) / score.problems:.0f} {name}" for name in ("generated", "decoded", "prefilled")]
+    print(f"{config.model}, search={config.method}: {score.line()}")
+    print(
+        f"tokens a problem: {', '.join(counts)}, {usage.valued / score.problems:.0f} read by the critic; "
+        f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
+    )

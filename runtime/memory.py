@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import Config
-from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead
+from policy import LOGIT_CHUNK, ValueHead
 from runtime.cache import BLOCK
 from runtime.loading import adapter_rank, locate, read_model_config
 from runtime.samplers import SamplerPlan, pick_sampler
-from runtime.torch_sampler import DRAW_CHUNK, KEPT, check_context, context_of
+from runtime.torch_sampler import CRITIC_TOKENS, DRAW_CHUNK, KEPT, check_context, context_of
 from runtime.vllm_sampler import MAX_SEQUENCES
 
 GB = 2**30

@@ -6,7 +6,6 @@ metrics to the run folder and the terminal.
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,11 +20,9 @@ from runtime.guard import Guard, Stopped
 from runtime.loading import load_policy, locate, pick_device, read_chat
 from runtime.run_folder import Run, read_metrics
 from runtime.samplers import make_sampler
-from runtime.scores import Score
+from runtime.scores import Score, score_policy
 from runtime.weights import load_weights, read_tensors, save_policy
 from sampling import Problem, Progress, Trajectory, Usage, draw
-
-ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, temperature, max_tokens, seed, progress)
 
 
 @dataclass
@@ -40,10 +37,9 @@ class State(Progress):
 class Session:
     """A run and its folder, open for one process: `with Session(…) as session`."""
 
-    def __init__(self, config: Config, make_optimizer, score_policy: ScorePolicy, resume: bool = False):
-        """`make_optimizer(policy, config)` and `score_policy(…)` come from ppo.py and evaluate.py, which runtime/ does
-        not import."""
-        self.config, self.score_policy, self.resume = config, score_policy, resume
+    def __init__(self, config: Config, make_optimizer, resume: bool = False):
+        """`make_optimizer(policy, config)` comes from ppo.py, which runtime/ does not import."""
+        self.config, self.resume = config, resume
         load_tracker(config.measuring.track)
         self.device = pick_device(config.machine.device)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -172,7 +168,7 @@ class Session:
         """The score of the policy, without a search, on a split: `samples` answers of each problem."""
         temperature, max_tokens = self.config.measuring.eval_temperature, self.config.task.max_tokens
         settings = samples, temperature, max_tokens, self.config.seed
-        return self.score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
+        return score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
 
     def validate(self) -> dict[str, float]:
         """The metrics of the validation problems. The best policy so far is saved as best/."""

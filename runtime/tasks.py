@@ -75,7 +75,7 @@ def attempt(file: Path, call: Callable[[], object]) -> object:
         return call()
     except SyntaxError as error:
         raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
         place = f"{file}, line {lines[-1]}" if lines else f"{file}"
         raise ValueError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
@@ -88,13 +88,20 @@ def check_task(task: Task) -> None:
         if not isinstance(problems, list) or not problems:
             raise ValueError(f"problems({split!r}, 1) must be a list of problems, not {problems!r}: {HELP}")
         hash(problems[0])
-    messages = task.prompt(problems[0])
-    roles = [message["role"] for message in messages]
-    if roles not in (["user"], ["system", "user"]) or not all(isinstance(m["content"], str) for m in messages):
+    if not is_chat(messages := task.prompt(problems[0])):
         raise ValueError(f"prompt must be a system message (or none) and a user message of text, not {messages!r}")
     reward = task.grade(problems[0], "")
     if not isinstance(reward, Reward) or not -1 <= reward.value <= 1:
         raise ValueError(f"grade must return a sampling.Reward with a value in [-1, 1], not {reward!r}")
+
+
+def is_chat(messages: object) -> bool:
+    """Whether something is a system message (or none) and a user message, both of text."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return False
+    roles = [message.get("role") for message in messages]
+    texts = [message.get("content") for message in messages]
+    return roles in (["user"], ["system", "user"]) and all(isinstance(text, str) for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------ files behind a run

@@ -187,7 +187,7 @@ def inline(monkeypatch, tiny_config):
 
 def step(collector, config, number):
     """A step, and its row of metrics."""
-    row = collector(SimpleNamespace(version=number, trained_weights=dict), None, None, config, None)
+    row = collector(SimpleNamespace(version=number, named_parameters=dict().items), None, None, config, None)
     with (config.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": number + 1} | row[2]) + "\n")
     return row

@@ -344,5 +344,5 @@ def test_unusable_models_are_one_line(few, tmp_path):
         shutil.copytree(few, folder)
         (folder / file).write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match="can't load") as error:
-            Session(QWEN.change(model=str(folder), gpu_memory=8.0), make_optimizer, None)
+            Session(QWEN.change(model=str(folder), gpu_memory=8.0), make_optimizer)
         assert "\n" not in str(error.value)
