@@ -1,14 +1,14 @@
-"""Searched trees as JSON: what each step says, and what the search and the exact solver know of it."""
+"""Searched trees as JSON: what each step says, and what the search and the task know of it."""
 
 import json
 from pathlib import Path
 
 from config import SearchConfig
-from countdown import SOLVER_NUMBERS, follow, solvable
 from distill import most_visited_path
 from mcts import Node, Tree
 from policy import Policy
 from runtime.files import write
+from sampling import ask
 
 
 def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
@@ -16,15 +16,14 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
     chosen = most_visited_path(tree, config)
     best = set(chosen.path()) if chosen else {tree.root}
 
-    def visit(node: Node, left: tuple[int, ...] | None) -> dict:
+    def visit(node: Node, steps: list[str]) -> dict:
         text = policy.decode(node.tokens).strip()
-        if left is not None and text and not node.ended:
-            left = follow(left, text)
+        if text and not node.ended:
+            steps = [*steps, text]
         if node.reward:
-            reachable = "yes" if node.reward.correct else "no"
+            reachable = node.reward.correct
         else:
-            known = left is not None and len(left) <= SOLVER_NUMBERS
-            reachable = "unknown" if not known else "yes" if solvable(left, tree.problem.target) else "no"
+            reachable = ask(policy.chat.task, "reachable", tree.problem, steps)
         return {
             "text": text,
             "visits": node.visits,
@@ -34,13 +33,12 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig) -> dict:
             "count": node.count,
             "reward": node.reward.value if node.reward else None,
             "reason": node.reward.reason if node.reward else None,
-            "solvable": reachable,
+            "solvable": {True: "yes", False: "no", None: "unknown"}[reachable],
             "best": node in best,
-            "children": [visit(child, left) for child in node.children if child.visits],
+            "children": [visit(child, steps) for child in node.children if child.visits],
         }
 
-    problem = f"{' '.join(map(str, tree.problem.numbers))} → {tree.problem.target}"
-    return {"problem": problem, "root": visit(tree.root, tuple(sorted(tree.problem.numbers)))}
+    return {"problem": str(tree.problem), "root": visit(tree.root, [])}
 
 
 def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path) -> None:
