@@ -48,8 +48,7 @@ class Task(Protocol):
     """
 
     def problems(self, split: str, count: int) -> list[Problem]:
-        """The first `count` problems of a split (train, validation, test), fewer if it has no more. In every process
-        they are the same."""
+        """The first `count` problems of a split (train, validation, test), or all; the same in every process."""
 
     def prompt(self, problem: Problem) -> list[dict[str, str]]:
         """The chat messages of a problem: system text (or none), then user text, each with `role` and `content`."""
