@@ -83,7 +83,7 @@ class TaskConfig:
     split: str = "multiset"  # multiset: no leak; post: the post's leaking split, for comparison
     train_problems: int = 20_000  # distinct problems to draw from
     max_tokens: int = 64  # tokens of an answer at most
-    reward: str = "exact"  # exact: 1 if right, else -1; dense: a near miss earns more than a far one (the post)
+    reward: str = "exact"  # exact: 1 if right, else -1; dense: the task's value, a near miss earns more (the post)
     template_options: str = ""  # of the chat template, as JSON: {"enable_thinking": false}
 
     def __post_init__(self):

@@ -40,15 +40,15 @@ class Reward:
 class Task(Protocol):
     """What the policy learns to do. Countdown is one; --task FILE.py:NAME takes another.
 
-    A task may also have these methods, which `ask` calls. play.py and the explorer can do more with them:
+    A task may also have these methods, which `ask` calls for play.py and the explorer:
 
         parse(text) -> Problem                          a line that a person typed; ValueError says what is wrong
         solution(problem) -> str | None                 one right answer
-        reachable(problem, steps) -> bool | None        whether a right answer is in reach after these steps
+        reachable(problem, steps) -> bool | None        whether a right answer is in reach after these steps, if known
     """
 
     def problems(self, split: str, count: int) -> list[Problem]:
-        """The first `count` problems of a split: train, validation or test. The same list in every process."""
+        """The first `count` problems of a split (train, validation, test), or all; the same in every process."""
 
     def prompt(self, problem: Problem) -> list[dict[str, str]]:
         """The chat messages of a problem: system text (or none), then user text, each with `role` and `content`."""

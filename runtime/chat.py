@@ -39,7 +39,7 @@ class Chat:
         """The prompt in the first form that the chat template writes in full: the rules as system text or, for models
         without it, before the user text; as text, or as parts."""
         apart, together = [("system", rules), ("user", user)], [("user", f"{rules}\n\n{user}")]
-        failure: Exception = ValueError("its chat template leaves out the rules or the numbers of the problem")
+        failure: Exception = ValueError("its chat template leaves out the rules or the problem")
         for turns, in_parts in product((apart, together) if rules else ([("user", user)],), (False, True)):
             messages = [{"role": role, "content": content(text, in_parts)} for role, text in turns]
             try:

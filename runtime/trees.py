@@ -1,4 +1,4 @@
-"""Searched trees as JSON: what each step says, what the search and the exact solver know of it, and the record of the
+"""Searched trees as JSON: what each step says, what the search and the task know of it, and the record of the
 simulations. With it `runtime/explorer.py` and the tests replay a search.
 
     N, Q of a node at simulation i     the backups of the simulations before its wave

@@ -81,9 +81,9 @@ def test_rules_and_numbers_are_in_every_prompt(chat, template, expected, end):
 
 
 @pytest.mark.parametrize("template, message", [
-    (LOOP + "{{ m.role }}{% endfor %}", "leaves out the rules or the numbers"),
-    (LOOP + "{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the rules or the numbers"),
-    (LOOP + "{{ m.content[:40] }}{% endfor %}", "leaves out the rules or the numbers"),
+    (LOOP + "{{ m.role }}{% endfor %}", "leaves out the rules or the problem"),
+    (LOOP + "{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the rules or the problem"),
+    (LOOP + "{{ m.content[:40] }}{% endfor %}", "leaves out the rules or the problem"),
     ("{{ raise_exception('only tools\nare served') }}", "only tools are served"),
     ("{{ messages[7].content }}", "has no attribute|has no element"),
 ])  # fmt: skip

@@ -72,6 +72,32 @@ def test_two_steps_of_another_task_train_a_policy_that_is_scored_with_it(program
     assert result["task"] == f"{SUMS}:Sums" and result["scores"][0]["mean_at_k"] > 0.1  # of Countdown 0.03
 
 
+RECORDS = """
+from dataclasses import dataclass
+from sampling import Reward
+@dataclass(frozen=True)
+class Digit:
+    value: int
+class Digits:
+    def problems(self, split, count): return [Digit(i) for i in range(3)][:count]
+    def prompt(self, problem): return [{"role": "user", "content": f"Numbers: {problem.value} Target: 7"}]
+    def grade(self, problem, text): return Reward(1.0, True, True, "fine")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["ppo.py --cluster local", "-m torch.distributed.run --nproc-per-node 2 ppo.py"])
+def test_other_processes_have_the_task(start, tmp_path):
+    """Prevents generators and ranks that can't unpickle a problem of a class in the user's file, or take Countdown."""
+    if "cluster" in start:
+        pytest.importorskip("ray")
+    (tmp_path / "digits.py").write_text(RECORDS, encoding="utf-8")
+    task = f"--task {tmp_path}/digits.py:Digits --search none --device cpu"
+    run(*start.split(), *task.split(), *SMALL.split(), "--out", tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[-1]["step"] == 2 and rows[-1]["test_mean_at_k"] == rows[-2]["correct"] == 1.0
+
+
 # ------------------------------------------------------------------------------------------------ bad files
 
 CLASS = """
