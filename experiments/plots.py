@@ -176,14 +176,18 @@ def forest(folders: list[Path]):
     return axes.figure
 
 
-def draw_tree(tree: dict):
+def draw_tree(tree: dict, most: int = 25):
     """The visited part of a searched tree (`runtime.trees.tree_to_dict`), coloured by whether the target is in reach;
-    the best path is thick. Returns the matplotlib figure."""
+    the best path is thick. Shows `most` nodes: the best path, then those of most visits. Returns the matplotlib figure.
+    """
+    # a child has no more visits than its parent, and a higher id
+    ranked = sorted(visited(tree["root"]), key=lambda node: (not node["best"], -node["visits"], node["id"]))
+    shown = {node["id"] for node in ranked[:most]}
     places, rows = [], count()
 
     def place(node: dict, depth: int) -> float:
         """Put a node and what is below it; returns the node's row."""
-        children = [child for child in node["children"] if child["visits"]]
+        children = [child for child in node["children"] if child["id"] in shown]
         below = [place(child, depth + 1) for child in children]
         row = (below[0] + below[-1]) / 2 if below else next(rows)
         places.append((node, depth, row, [(child["best"], y) for child, y in zip(children, below)]))
@@ -191,19 +195,24 @@ def draw_tree(tree: dict):
 
     place(tree["root"], 0)
     depth = max(column for _, column, _, _ in places)
-    figure, axes = plt.subplots(figsize=(3 * (depth + 1), 0.5 * next(rows) + 0.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.9 * (depth + 1), 0.5 * next(rows) + 0.4), layout="constrained")
     for node, x, y, children in places:
         for best, row in children:
             color, width = ("#222222", 3) if best else ("#bbbbbb", 1)
             axes.plot([x, x + 1], [y, row], color=color, linewidth=width, zorder=0)
-        text = re.sub("</?(step|answer)>", "", node["text"]).strip() or tree["problem"]
-        label = f"{text[:28]}\nN {node['visits']}  Q {node['q']:+.2f}"
+        equation = re.sub("</?(step|answer)>|left.*", "", node["text"]).strip() or tree["problem"]
+        label = f"{equation[:24]}\nN {node['visits']}  Q {node['q']:+.2f}"
         box = dict(boxstyle="round", facecolor=REACH[node["solvable"]], edgecolor="#888888")
-        axes.text(x, y, label, ha="center", va="center", fontsize=7, bbox=box, parse_math=False)
+        axes.text(x, y, label, ha="center", va="center", fontsize=9, bbox=box, parse_math=False)
     axes.set_xlim(-0.5, depth + 0.5)
     axes.invert_yaxis()
     axes.axis("off")
     return figure
+
+
+def visited(node: dict) -> list[dict]:
+    """A node and all below it that have a visit."""
+    return [node, *(below for child in node["children"] if child["visits"] for below in visited(child))]
 
 
 FIGURES = {"curves": learning_curves, "forest": forest, "search": search_curves}

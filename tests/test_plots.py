@@ -387,3 +387,19 @@ def test_command_line(folders, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             plots.main()
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_drawn_tree_is_readable():
+    """Prevents a picture of a big tree whose boxes nobody can read, and one without the chosen path."""
+
+    def node(number, visits, best, children=()):
+        known = {"q": 0.0, "text": f"<step> 1 + 1 = {number} left 2 </step>", "solvable": "yes"}
+        return known | {"id": number, "visits": visits, "best": best, "children": list(children)}
+
+    last = node(60, 1, True)
+    children = [node(i, 1, False) for i in range(1, 41)] + [node(41, 2, True, [last]), node(42, 0, False)]
+    figure = plots.draw_tree({"problem": "1 1 → 2", "root": node(0, 42, True, children)})
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert len(labels) == 25 and figure.get_figwidth() < 10
+    assert {"1 + 1 = 41\nN 2  Q +0.00", "1 + 1 = 60\nN 1  Q +0.00"} <= set(labels)
+    plots.plt.close(figure)
