@@ -31,7 +31,7 @@ def load(file: Path, name: str, text: str | None = None) -> Task:
 
 def run(*words) -> str:
     """What a program of the kit prints, run from its root."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
