@@ -71,7 +71,7 @@ def sit_down(args: list[str]) -> tuple[Table, Problem | None]:
     config = config_of(model)
     task = load_task(config.task)
     problem = parse(task, " ".join(words)) if words else None
-    names = [model] if not run_of(model) else [config.model, model]
+    names = [name for name in (base_of(model, config), model) if name]
     print(f"loading {' and '.join(names)} …")
     device = pick_device(settings.device)
     players = [sit(name, config, task, device) for name in names]
@@ -114,6 +114,12 @@ def parse(task: Task, text: str) -> Problem:
     if problem is None:
         raise ValueError("this task has no method parse: it reads no problems that are typed (docs/your_task.md)")
     return problem
+
+
+def base_of(model: str, config: Config) -> str:
+    """The model that training began with: of a run, or of an adapter; empty if it is not known."""
+    folder, base = locate(model)
+    return config.model if run_of(model) else base if base != folder else ""
 
 
 def sit(name: str, config: Config, task: Task, device: str) -> Player:

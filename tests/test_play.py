@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_without_a_model_the_newest_run_plays(run, typed, words):
     """Prevents a person who has to look for the folder of what was just trained."""
     out, code = typed(words)
     assert code == 0 and out.splitlines()[0].endswith(f" and {run} …")
+
+
+def test_an_adapter_plays_beside_its_base(tiny_config, qwen, typed, monkeypatch, tmp_path):
+    """Prevents a game that knows the embedded policy alone: a chat model with an adapter, saved without its run."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("none", tokens=0, steps=1, out=Path("runs/one"), model=str(qwen), lora_rank=2, max_tokens=24)
+    train(config, collect_samples)
+    out, code = typed("3 5 7 9 44 --samples 3")
+    assert code == 0 and f"{qwen}: " in out and "runs/one: " in out
+    shutil.move("runs/one/policy", "adapter")
+    out, code = typed("adapter 3 5 7 9 44 --samples 2")
+    assert code == 0 and f"loading {qwen} and adapter …" in out
 
 
 def test_without_a_run_the_embedded_policy_plays(typed, monkeypatch, tmp_path):
