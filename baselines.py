@@ -19,13 +19,12 @@ if __name__ == "__main__":
 import numpy as np
 
 from config import Config
-from countdown import Problem
 from distill import group_advantages
 from policy import Policy
 from ppo import make_optimizer, sample_answers, set_rate, train, update
 from runtime.cli import command, fail, given, normalized
 from runtime.launch import Trainer, launch
-from sampling import Collected, Sampler
+from sampling import Collected, Problem, Sampler
 
 
 def collect_best_of_n(policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:

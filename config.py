@@ -12,8 +12,7 @@ import operator
 from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-
-from countdown import check_game
+from typing import SupportsIndex
 
 TINY = "assets/tiny"  # the embedded policy
 METHODS = ("mcts", "best-of-n", "cispo", "grpo", "none")
@@ -25,6 +24,8 @@ LESSON_NAMES = (
 
 # ------------------------------------------------------------------------------------------------ checks
 
+# what a game of Countdown may be; all plays of a problem are enumerated: 737,280 of 5 numbers, 88 million of 6
+RANGES = {"size": (2, 5), "highest": (2, 999), "plays": (1, 10**9), "seed": (0, 2**32 - 1)}
 RULES = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
 
 
@@ -39,6 +40,14 @@ def check(settings: object, rule: str, bound: float, names: str) -> None:
                 raise ValueError(f"{name} must be a finite number, not {value!r}")
             if not RULES[rule](value, bound):
                 raise ValueError(f"{name} must be {rule} {bound}, not {value}")
+
+
+def check_ranges(**settings: int) -> None:
+    """ValueError for a setting that is out of its range."""
+    for name, value in settings.items():
+        least, most = RANGES[name]
+        if not isinstance(value, SupportsIndex) or not least <= value <= most:  # an integer of Python or of NumPy
+            raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
 
 
 def check_choices(settings: object, **choices: Collection[str]) -> None:
@@ -64,8 +73,9 @@ def field_values(settings: object, name: str) -> tuple:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The game, its problems and its reward."""
+    """The task, its problems and its reward."""
 
+    task: str = "countdown"  # countdown; FILE.py:NAME: a task of your own (docs/your_task.md)
     # None: the kit makes the problems. A folder: its train.jsonl, validation.jsonl and test.jsonl (or .json, .parquet).
     # A file: 65 % of its sets of numbers are for training, 10 % for validation, 25 % for the test
     data: Path | None = None
@@ -73,15 +83,27 @@ class TaskConfig:
     split: str = "multiset"  # multiset: no leak; post: the post's leaking split, for comparison
     train_problems: int = 20_000  # distinct problems to draw from
     max_tokens: int = 64  # tokens of an answer at most
-    reward: str = "exact"  # exact: 1 if right, else -1; dense: a near miss earns more than a far one (the post)
+    reward: str = "exact"  # exact: 1 if right, else -1; dense: the task's value, a near miss earns more (the post)
     template_options: str = ""  # of the chat template, as JSON: {"enable_thinking": false}
 
     def __post_init__(self):
         check_choices(self, split=("multiset", "post"), reward=("dense", "exact"))
-        check_game(size=self.size)
+        check_ranges(size=self.size)
         check(self, "at least", 1, "train_problems max_tokens")
-        if self.data is not None:  # config.json names a place that is the same from everywhere
+        # config.json names places that are the same from everywhere
+        object.__setattr__(self, "task", absolute_task(self.task))
+        if self.data is not None:
             object.__setattr__(self, "data", Path(self.data).expanduser().absolute())
+
+
+def absolute_task(task: str) -> str:
+    """A task with the whole path of its file. ValueError for what names no task."""
+    if task == "countdown":
+        return task
+    file, _, name = task.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"task must be countdown or FILE.py:NAME, not {task!r}")
+    return f"{Path(file).expanduser().absolute()}:{name}"
 
 
 @dataclass(frozen=True)
@@ -316,7 +338,7 @@ class Config:
 
     def __post_init__(self):
         check_choices(self, preset=("tiny", "qwen1.5b", "post"), method=METHODS)
-        check_game(seed=self.seed)
+        check_ranges(seed=self.seed)
         searches, samples = self.method == "mcts", self.method in SAMPLING_METHODS
         topics = tuple(topic is not None for topic in (self.tree, self.distill, self.group))
         if topics != (searches, searches, samples):

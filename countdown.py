@@ -13,17 +13,19 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
 
 import numpy as np
 
+from config import check_ranges
+from sampling import Reward
+
 SHARES = {"test": 0.25, "validation": 0.10, "train": 0.65}  # of the number multisets
 PLAYS = 10_000  # random plays behind one target
-# what a game may be; all plays of a problem are enumerated: 737,280 of 5 numbers, 88 million of 6
-RANGES = {"size": (2, 5), "highest": (2, 999), "plays": (1, 10**9), "seed": (0, 2**32 - 1)}
+SOLVER_NUMBERS = 5  # in a problem at most; with 5 the solver takes 10 ms, with each more a dozen times as long
 MAX_COMPLETION = 50_000  # characters; a longer completion is not read
 MAX_EXPRESSION = 200  # characters inside <answer>
 
@@ -130,9 +132,7 @@ def enclose(expression: str) -> str:
 
 
 STEP = re.compile(r"([0-9]{1,6}) ?([-+*/]) ?([0-9]{1,6}) ?= ?([0-9]{1,9})(?![0-9])")
-CUT = re.compile(
-    r"[0-9)] ?[-+*/] ?$|[0-9.]$"
-)  # text before a step that makes it the tail of a longer equation or number
+CUT = re.compile(r"[0-9)] ?[-+*/] ?$|[0-9.]$")  # before a step: it is the tail of a longer equation or number
 
 
 def follow(state: tuple[int, ...], step: str) -> tuple[int, ...] | None:
@@ -174,14 +174,6 @@ def split_of(numbers: tuple[int, ...]) -> str:
     return "train"
 
 
-def check_game(**game: int) -> None:
-    """ValueError for a setting that is out of its range."""
-    for name, value in game.items():
-        least, most = RANGES[name]
-        if not isinstance(value, int | np.integer) or not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
-
-
 def make_problems(
     count: int, split: str, *, size: int = 4, highest: int = 13, plays: int = PLAYS, seed: int = 0
 ) -> list[Problem]:
@@ -189,9 +181,9 @@ def make_problems(
 
     split: "train" (distinct number sequence and target), "validation" or "test" (distinct multiset and target), or
     "post" (the original's way: any multiset, duplicates kept; a test set made so leaks into the training set).
-    Raises ValueError for a game outside RANGES, or for more problems than the split has.
+    Raises ValueError for a game outside config.RANGES, or for more problems than the split has.
     """
-    check_game(size=size, highest=highest, plays=plays, seed=seed)
+    check_ranges(size=size, highest=highest, plays=plays, seed=seed)
     if split not in (*SHARES, "post"):
         raise ValueError(f"split must be one of {', '.join(SHARES)} or post, not {split!r}")
     rng = np.random.default_rng([seed, *split.encode()])
@@ -222,18 +214,9 @@ def make_splits(
     counts = {"train": train, "validation": validation, "test": test}
     if split == "multiset":
         return {name: make_problems(count, name, **game) for name, count in counts.items()}
-    if split != "post":
-        raise ValueError(f"split must be multiset or post, not {split!r}")
     warnings.warn("split=post leaks: nearly every test problem is a training problem in another order", stacklevel=2)
     pool = make_problems(sum(counts.values()), "post", **game)
     return {name: [pool.pop() for _ in range(count)] for name, count in counts.items()}
-
-
-def draw(problems: list[Problem], count: int, seed: int, step: int) -> tuple[list[Problem], np.random.Generator]:
-    """`count` problems for a training step, drawn with replacement, and the generator that drew them, for the
-    step's later draws. Both depend on seed and step alone."""
-    rng = np.random.default_rng([seed, step])
-    return [problems[i] for i in rng.integers(len(problems), size=count)], rng
 
 
 # ------------------------------------------------------------------------------------------------ prompt
@@ -255,21 +238,6 @@ def prompt(problem: Problem) -> list[dict[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------------ verifier
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What the verifier found. `value` is the dense reward in [-1, 1] for training, `correct` the sparse one for
-    evaluation (correct <=> value == 1), `parsed` whether an expression that keeps the rules was read."""
-
-    value: float
-    correct: bool
-    parsed: bool
-    reason: str
-
-    def exact(self) -> "Reward":
-        """With value 1 for a right answer and -1 for all others: a near miss earns nothing more."""
-        return replace(self, value=1.0 if self.correct else -1.0)
 
 
 class Refused(Exception):
@@ -372,3 +340,40 @@ def apply(operator: str, a: int | Fraction, b: int | Fraction, strict: bool) -> 
     if strict and (value <= 0 or type(value) is not int):
         raise Refused("intermediate")
     return value
+
+
+# ------------------------------------------------------------------------------------------------ task
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """The game as a task (`sampling.Task`), with all the optional methods."""
+
+    size: int = 4  # numbers in a problem that the task makes
+
+    def problems(self, split: str, count: int) -> list[Problem]:
+        return make_problems(count, split, size=self.size)
+
+    def prompt(self, problem: Problem) -> list[dict[str, str]]:
+        return prompt(problem)
+
+    def grade(self, problem: Problem, text: str) -> Reward:
+        return verify(text, problem)
+
+    def parse(self, text: str) -> Problem:
+        words = text.replace("→", " ").split()
+        if len(words) < 2 or not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words):
+            raise ValueError(f"a problem is numbers from 1 to 999,999,999, the target last (3 5 7 9 44), not {text!r}")
+        *numbers, target = map(int, words)
+        return Problem(tuple(numbers), target)
+
+    def solution(self, problem: Problem) -> str | None:
+        """None, too, for a problem that has more numbers than the solver takes."""
+        return solve(problem.numbers).get(problem.target) if len(problem.numbers) <= SOLVER_NUMBERS else None
+
+    def reachable(self, problem: Problem, steps: list[str]) -> bool | None:
+        """None after an illegal step, and for more numbers than the solver takes."""
+        left: tuple[int, ...] | None = problem.numbers
+        for step in steps:
+            left = follow(left, step) if left else None
+        return solvable(left, problem.target) if left and len(left) <= SOLVER_NUMBERS else None

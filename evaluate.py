@@ -12,48 +12,16 @@ miss would attract all visits.
 
 import runtime.threads
 
-import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 
-import torch
-from tqdm import tqdm
-
 from config import SearchConfig
-from countdown import Problem
 from mcts import plant, search
 from policy import Policy
-from runtime.cli import command, fail
-from runtime.evaluation import Evaluation, load, parse
-from runtime.files import write
-from runtime.provenance import provenance
-from runtime.scores import Score
-from sampling import Sampler, SamplingParams, Trajectory, Usage, complete, shared_rows, stream
-
-CHUNK = 64  # problems sampled between two updates of the progress bar
-
-# ------------------------------------------------------------------------------------------------ scores
-
-
-def score_policy(
-    policy: Policy,
-    sampler: Sampler,
-    problems: list[Problem],
-    samples: int = 16,
-    temperature: float = 1.0,
-    max_tokens: int = 512,
-    seed: int = 0,
-    progress: bool = False,
-) -> Score:
-    """mean@k and pass@k of the policy alone, k = `samples`. Sample j of problem i depends on (seed, i) alone."""
-    rewards, usage, params = [], Usage(), SamplingParams(samples, max_tokens, temperature)
-    for chunk, seeds in chunks(problems, seed, "evaluate", progress):
-        rows, used = complete(policy, sampler, chunk, seeds, params, policy.grade)
-        rewards += [[t.reward for t in row] for row in rows]
-        usage += used
-    return Score.of(rewards, usage)
+from runtime.cli import command
+from runtime.evaluation import parse, run
+from runtime.scores import Score, chunks, score_policy
+from sampling import Problem, Sampler, SamplingParams, Trajectory, Usage, complete, shared_rows, stream
 
 
 def score_search(
@@ -83,13 +51,6 @@ def score_search(
             rewards.append([max(row or [policy.grade(problem, [])], key=lambda reward: reward.value)])
         usage += used
     return Score.of(rewards, usage)
-
-
-def chunks(problems: list[Problem], seed: int, what: str, progress: bool) -> Iterator[tuple[list[Problem], list[int]]]:
-    """Some problems at a time, and a seed for each."""
-    for start in tqdm(range(0, len(problems), CHUNK), desc=what, leave=False, disable=None if progress else True):
-        chunk = problems[start : start + CHUNK]
-        yield chunk, [stream(seed, start + i) for i in range(len(chunk))]
 
 
 def best_of_budget(
@@ -124,46 +85,5 @@ def within_budget(samples: list[Trajectory], budget: int) -> list[Trajectory]:
     return samples
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
-def scores(config: Evaluation) -> Iterator[Score]:
-    """What the command line asks for: a score, or one for each budget."""
-    policy, sampler, problems = load(config)
-    if config.method == "none":
-        settings = config.samples, config.temperature, config.max_tokens, config.seed
-        yield score_policy(policy, sampler, problems, *settings, progress=True)
-        return
-    for budget in config.budget:
-        settings = config.method, config.search(budget), config.seed
-        yield score_search(policy, sampler, problems, *settings, progress=True)
-
-
-def show(config: Evaluation, score: Score) -> None:
-    usage = score.usage
-    counts = [f"{getattr(usage, name) / score.problems:.0f} {name}" for name in ("generated", "decoded", "prefilled")]
-    print(f"{config.model}, search={config.method}: {score.line()}")
-    print(
-        f"tokens a problem: {', '.join(counts)}, {usage.valued / score.problems:.0f} read by the critic; "
-        f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
-    )
-
-
-def main() -> None:
-    config = parse(sys.argv[1:])
-    done = []
-    try:
-        for score in scores(config):
-            done.append(asdict(score))
-            if config.out:  # before the lines below: whoever reads them may be gone
-                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
-                result = asdict(config) | used | {"scores": done, "provenance": provenance()}
-                write(config.out, json.dumps(result, default=str))
-            show(config, score)
-    except torch.OutOfMemoryError:
-        kept = f" or --kept {config.kept}" if config.method == "mcts" else ""
-        fail(f"out of GPU memory: pass less than --rows {config.rows}{kept}, or --quantize nf4")
-
-
 if __name__ == "__main__":
-    command(main)
+    command(lambda: run(parse(sys.argv[1:]), score_policy, score_search))

@@ -30,8 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from config import SearchConfig
-from countdown import Problem, Reward
-from sampling import Grade, Sample, Sampler, SamplingParams, Usage
+from sampling import Grade, Problem, Reward, Sample, Sampler, SamplingParams, Usage
 from selection import ChildArrays, gumbel_inner, gumbel_root, puct, uct
 
 MAX_DEPTH = 16  # steps; a node at this depth is terminal

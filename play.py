@@ -13,13 +13,12 @@ import time
 from collections import Counter
 from shutil import get_terminal_size
 
-from countdown import Problem
 from distill import most_visited_path
 from mcts import Tree, plant, wave
 from runtime import drawing
 from runtime.cli import command
-from runtime.playing import Player, Table, parse, sit_down, solution
-from sampling import SamplingParams, complete
+from runtime.playing import Player, Table, sit_down
+from sampling import Problem, SamplingParams, ask, complete
 
 COMMONEST = 6  # answers shown of each player
 FRAME = 0.3  # seconds that a wave stays on the terminal
@@ -29,7 +28,10 @@ def play(problem: Problem, table: Table) -> None:
     """Show what each player answers, one right answer, and the search of the last player."""
     print(f"\n{problem}")
     print(drawing.columns([commonest(player, problem, table) for player in table.players]))
-    print(f"solver: {solution(problem)}")
+    if solution := ask(table.task, "solution", problem):
+        print(f"solver: {solution}")
+    elif ask(table.task, "reachable", problem, []) is False:
+        print("solver: no answer reaches it")
     if table.settings.search:
         grow(table.players[-1], problem, table)
 
@@ -67,15 +69,15 @@ def main() -> None:
     table, problem = sit_down(sys.argv[1:])
     if problem:
         return play(problem, table)
-    print("Type numbers and their target, as 3 5 7 9 44. An empty line ends the game.")
-    while line := ask():
+    print(f"Type a problem, as {table.example()}. An empty line ends the game.")
+    while line := read_line():
         try:
-            play(parse(line), table)
+            play(table.parse(line), table)
         except ValueError as error:
             print(f"error: {error}")
 
 
-def ask() -> str:
+def read_line() -> str:
     """A line that a person types; empty at the end of the input."""
     try:
         return input("\n> ").strip()

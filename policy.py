@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its value head and its tokenizer.
+"""The policy: a causal language model, its value head and its chat (tokenizer and task).
 
 One base model has three roles. With its adapter on (or with its trained weights) it is the policy pi. With the adapter
 off it is the frozen reference of the KL penalty. The value head reads the same final hidden states and is the critic,
@@ -10,9 +10,8 @@ left out), fp32 trainable weights where the post has bf16, and the value loss do
 """
 
 import copy
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from countdown import Problem, Reward, prompt, verify
+from sampling import Problem, Reward
 
 # largest [rows, V] in memory; with smaller chunks the head's gradient is added up more often
 LOGIT_CHUNK = 2**24
-CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 
 
 class ValueHead(nn.Module):
@@ -66,74 +64,24 @@ def left_pad(rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
     return ids.to(device), attention.to(device)
 
 
-def encode(tokenizer, problem: Problem) -> list[int]:
-    """The prompt's token ids, up to where the assistant speaks. ValueError where the chat template or the tokenizer
-    would leave out rules or numbers."""
-    rules, numbers = (message["content"] for message in prompt(problem))
-    if not can_spell(tokenizer, numbers):
-        raise ValueError(f"its tokenizer has no tokens for {numbers!r}")
-    text = chat_text(tokenizer, rules if can_spell(tokenizer, rules) else "", numbers)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def can_spell(tokenizer, text: str) -> bool:
-    """Whether a tokenizer has tokens for a text. The embedded policy's has none for the rules, which it knows."""
-    unknown = tokenizer.unk_token_id
-    return unknown is None or unknown not in tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def chat_text(tokenizer, rules: str, numbers: str) -> str:
-    """The prompt in the first form that the chat template writes in full: the rules as system text or, for models
-    without it, before the numbers; as text, or as parts."""
-    apart, together = [("system", rules), ("user", numbers)], [("user", f"{rules}\n\n{numbers}")]
-    failure: Exception = ValueError("its chat template leaves out the rules or the numbers of the problem")
-    for turns, in_parts in product((apart, together), (False, True)):
-        messages = [{"role": role, "content": content(text, in_parts)} for role, text in turns]
-        try:
-            written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template's own
-            failure = error
-            continue
-        if rules in written and numbers in written:
-            return written
-    raise failure
-
-
-def content(text: str, in_parts: bool) -> str | list[dict[str, str]]:
-    """A message's content, as text or as parts."""
-    return [{"type": "text", "text": text}] if in_parts else text
-
-
-def turn_end(tokenizer) -> int | None:
-    """The special token that the chat template writes after an answer. None if it writes none."""
-    for in_parts in (False, True):
-        messages = [{"role": role, "content": content(role, in_parts)} for role in ("user", "assistant")]
-        with suppress(Exception):  # a template's own
-            _, answer, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("assistant")
-            first = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1]
-            if answer and first and first[0] in tokenizer.added_tokens_decoder:
-                return first[0]
-    return None
-
-
 class Policy(nn.Module):
     """A causal LM with a value head. `version` counts the updates that its weights have seen."""
 
-    def __init__(self, lm: nn.Module, tokenizer, lora: bool, train: bool = True):
-        """`lm` is a transformers model, wrapped by PEFT if `lora`. Without `train` there is no reference copy."""
+    def __init__(self, lm: nn.Module, chat, lora: bool, train: bool = True):
+        """`lm` is a transformers model, wrapped by PEFT if `lora`. `chat` turns problems into token ids, and token ids
+        into rewards (`runtime.chat.Chat`). Without `train` there is no reference copy."""
         super().__init__()
         self.lm = lm
-        self.tokenizer = tokenizer
+        self.chat = chat
+        self.tokenizer = chat.tokenizer
         self.lora = lora
         self.value_head = ValueHead(lm.config.hidden_size)
         self.reference = copy.deepcopy(lm).requires_grad_(False) if train and not lora else None
         self.version = 0
         self.value_head.to(lm.device)
-        stops = self.base.generation_config.eos_token_id
-        stops = {tokenizer.eos_token_id, turn_end(tokenizer), *(stops if isinstance(stops, list) else [stops])}
-        self.stop_ids = stops - {None}  # the tokens that end a completion
+        self.stop_ids = chat.stop_ids(self.base.generation_config.eos_token_id)  # the tokens that end a completion
         # nothing else of it is read here, and transformers does not save every one that it loads
-        pad = tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         self.base.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids], pad_token_id=pad)
 
     @property
@@ -146,7 +94,8 @@ class Policy(nn.Module):
         return self.lm.get_base_model() if self.lora else self.lm
 
     def encode(self, problem: Problem) -> list[int]:
-        return encode(self.tokenizer, problem)
+        """The prompt's token ids, up to where the assistant speaks."""
+        return self.chat.encode(problem)
 
     def decode(self, completion: list[int]) -> str:
         """The text without the token that ends it; other special tokens stay."""
@@ -154,8 +103,8 @@ class Policy(nn.Module):
         return self.tokenizer.decode(completion[:-1] if ended else completion)
 
     def grade(self, problem: Problem, completion: list[int], exact: bool = False) -> Reward:
-        """The verifier's reward of a completion, given as token ids; with `exact` a near miss earns nothing."""
-        reward = verify(self.decode(completion), problem)
+        """The task's reward of a completion, given as token ids; with `exact` a near miss earns nothing."""
+        reward = self.chat.task.grade(problem, self.decode(completion))
         return reward.exact() if exact else reward
 
     # -------------------------------------------------------------------------------------------- forward passes
@@ -196,13 +145,9 @@ class Policy(nn.Module):
     @torch.no_grad()
     def values(self, states: list[list[int]]) -> list[float]:
         """The critic's V(s) in [-1, 1] of each state, a token sequence, read at its last token."""
-        values = [0.0] * len(states)
-        for group in group_by_length([len(state) for state in states], CRITIC_TOKENS):
-            ids, attention = left_pad([states[i] for i in group], self.tokenizer.pad_token_id, self.device)
-            hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
-            for i, value in zip(group, self.value_head(hidden).tolist(), strict=True):
-                values[i] = value
-        return values
+        ids, attention = left_pad(states, self.tokenizer.pad_token_id, self.device)
+        hidden = self.hidden(ids, attention, use_cache=False).last_hidden_state[:, -1]  # [B, H]
+        return self.value_head(hidden).tolist()
 
     def batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -229,18 +174,6 @@ class Policy(nn.Module):
         with self.as_reference():
             return self.logprobs(*self.states(batch), temperature)[0]
 
-    # -------------------------------------------------------------------------------------------- weights
-
-    def trained_weights(self) -> dict[str, Tensor]:
-        """What training changes, by name, on the CPU: adapter or all weights, and the value head."""
-        return {name: p.detach().cpu() for name, p in self.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """`trained_weights` of a policy with the same settings."""
-        for name, weight in weights.items():
-            self.get_parameter(name).copy_(weight)
-
 
 def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log softmax(head(hidden) / temperature) at `targets` and the entropy, each [B, T], for hidden [B, T, H].
@@ -264,19 +197,3 @@ def chunked_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) 
         for s, t in zip(states.split(size), tokens.split(size), strict=True)
     ]
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pieces, strict=True))
-
-
-def group_by_length(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, the longest first. A group has at most `tokens` tokens with its
-    padding, at most the share `padding` of them padding, and at least one sequence."""
-    groups: list[list[int]] = []
-    area = filled = 0  # tokens of the last group with and without padding, if the next sequence joins it
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups:
-            area = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
-            filled = sum(lengths[j] for j in groups[-1]) + lengths[i]
-        if groups and area <= tokens and area - filled <= padding * area:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -26,9 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, LearningConfig, TaskConfig
-from countdown import Problem
 from distill import LESSONS
-from evaluate import score_policy
 from mcts import plant, search
 from policy import Batch, Policy
 from runtime.cli import command
@@ -37,7 +35,7 @@ from runtime.launch import Trainer, launch
 from runtime.micro_batches import MicroBatches, merge, right_align
 from runtime.scores import Score
 from runtime.session import Session
-from sampling import Collect, Collected, Grade, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
+from sampling import Collect, Collected, Grade, Problem, Progress, Sampler, SamplingParams, Trajectory, Usage, complete
 
 IMPORTANCE_CAP = 2.0  # of pi_trainer / pi_sampler, with old_logprobs "truncated"
 MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a step warns, nats a token
@@ -48,7 +46,7 @@ MAX_DISAGREEMENT = 0.1  # mean |log pi_sampler - log pi_trainer| above which a s
 def train(config: Config, collect: Collect, resume: bool = False) -> dict[str, Score]:
     """Run a method to the end of its budget; returns the test scores before and after."""
     learning = config.learning
-    with Session(config, make_optimizer, score_policy, resume) as session:
+    with Session(config, make_optimizer, resume) as session:
         while not session.finished:
             problems, rng = session.draw()
             trajectories, usage, metrics = collect(session.policy, session.sampler, problems, config, rng)

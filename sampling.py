@@ -1,22 +1,75 @@
-"""The records that travel from the model to the trainer, and what a sampler is.
+"""The records that travel from the model to the trainer, what a task is, and what a sampler is.
 
     Problem -> prompt ids -> Sampler.sample -> Sample -> graded: Trajectory -> the trainer's batch
 
-A sampler continues token sequences, its prefixes. runtime/torch_sampler.py runs anywhere PyTorch does,
-runtime/vllm_sampler.py is for GPUs. tests/test_samplers.py holds both to the same contract.
+A task makes problems, writes their prompts and grades answers; docs/your_task.md shows how to write one. A sampler
+continues token sequences, its prefixes. runtime/torch_sampler.py runs anywhere PyTorch does, runtime/vllm_sampler.py is
+for GPUs. tests/test_samplers.py holds both to the same contract.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import numpy as np
 
 from config import BudgetConfig
-from countdown import Problem, Reward
 
 STEP_END = "</step>"
 ENDS = ("length", "step", "end")  # why a continuation ended
+Problem = Hashable  # a problem of a task; str(problem) is what a person reads
+
+# ------------------------------------------------------------------------------------------------ task
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a verifier says of an answer. `value` is the dense reward in [-1, 1] for training, `correct` the sparse one
+    for evaluation (correct <=> value == 1), `parsed` whether an answer that keeps the rules was read."""
+
+    value: float
+    correct: bool
+    parsed: bool
+    reason: str
+
+    def exact(self) -> "Reward":
+        """With value 1 for a right answer and -1 for all others: a near miss earns nothing more."""
+        return replace(self, value=1.0 if self.correct else -1.0)
+
+
+class Task(Protocol):
+    """What the policy learns to do. Countdown is one; --task FILE.py:NAME takes another.
+
+    A task may also have these methods, which `ask` calls for play.py and the explorer:
+
+        parse(text) -> Problem                          a line that a person typed; ValueError says what is wrong
+        solution(problem) -> str | None                 one right answer
+        reachable(problem, steps) -> bool | None        whether a right answer is in reach after these steps, if known
+    """
+
+    def problems(self, split: str, count: int) -> list[Problem]:
+        """The first `count` problems of a split (train, validation, test), or all; the same in every process."""
+
+    def prompt(self, problem: Problem) -> list[dict[str, str]]:
+        """The chat messages of a problem: system text (or none), then user text, each with `role` and `content`."""
+
+    def grade(self, problem: Problem, text: str) -> Reward:
+        """The reward of a completion's text. The text is hostile input."""
+
+
+def ask(task: Task, method: str, *arguments) -> object:
+    """What an optional method of a task returns; None where the task has no such method."""
+    return getattr(task, method)(*arguments) if hasattr(task, method) else None
+
+
+def draw(problems: list[Problem], count: int, seed: int, step: int) -> tuple[list[Problem], np.random.Generator]:
+    """`count` problems for a training step, drawn with replacement, and the generator that drew them, for the
+    step's later draws. Both depend on seed and step alone."""
+    rng = np.random.default_rng([seed, step])
+    return [problems[i] for i in rng.integers(len(problems), size=count)], rng
+
+
+# ------------------------------------------------------------------------------------------------ samples
 
 
 @dataclass(frozen=True)
@@ -67,9 +120,8 @@ class Trajectory:
     logprobs: list[float]  # log pi of the policy that sampled it
     reward: Reward
     advantages: list[float] | None = None  # None: the critic's R - V(s_t)
-    returns: list[float] | None = (
-        None  # the critic's targets; None: R; with `advantages` given the critic then learns nothing
-    )
+    # the critic's targets; None: R; with `advantages` given the critic then learns nothing
+    returns: list[float] | None = None
     critic_only: bool = False  # teaches the critic, not the policy
 
     @property

@@ -29,15 +29,16 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from config import Config, check
-from countdown import draw
 from policy import ValueHead
 from ppo import collect_mcts, make_optimizer, update
 from runtime import cli, files, provenance
 from runtime.cluster import collect_shard, collecting, split_step
 from runtime.files import check_writable
 from runtime.loading import load_policy
-from runtime.session import splits
+from runtime.tasks import load_task, splits
 from runtime.torch_sampler import TorchSampler
+from runtime.weights import trained_weights
+from sampling import draw
 
 GENERATORS = (1, 2, 4, 8, 16, 32, 64)
 RANK = 32  # of the adapter
@@ -153,7 +154,7 @@ def copy_rates(ray, policy) -> dict[str, float]:
         copies.append(ray.get(task.remote(ref)))
     began = time.perf_counter()
     for _ in range(10):
-        ray.put({name: weight.numpy() for name, weight in policy.trained_weights().items()})
+        ray.put({name: weight.numpy() for name, weight in trained_weights(policy).items()})
     publish = (time.perf_counter() - began) / 10
     size = array.nbytes / 1e9
     return {"publish": publish, "put": size / median(puts[1:]), "copy": size / median(copies[1:])}
@@ -260,7 +261,7 @@ def main() -> None:
         value_learning_rate=0.0,
     )  # fmt: skip
     policy = load_policy(config.model)
-    sampler, data = TorchSampler(policy), splits(config)["train"]
+    sampler, data = TorchSampler(policy), splits(load_task(config.task), config)["train"]
     with collecting(config, collect_mcts) as collect:
         pairs = overhead(bench, config, policy, sampler, data, collect)
         rates = copy_rates(collect.ray, policy)

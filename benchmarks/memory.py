@@ -31,14 +31,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 
 from benchmarks.random_qwen import Shape, build_tokenizer, make_checkpoint
 from config import PRESETS, Config, check
-from countdown import Problem, Reward
+from countdown import Problem, make_problems
 from policy import Batch, Policy
 from ppo import batch_loss, make_batch, make_optimizer
 from runtime import cli
-from runtime.loading import load_policy
-from runtime.memory import GB, Costs, advice, fit, longest_prompt, read_sizes
+from runtime.loading import load_policy, read_chat
+from runtime.memory import GB, MARGIN, Costs, advice, fit, read_sizes
 from runtime.torch_sampler import TorchSampler
-from sampling import SamplingParams, Trajectory
+from sampling import Reward, SamplingParams, Trajectory
 
 QWEN = PRESETS["qwen1.5b"]
 
@@ -185,7 +185,8 @@ def show_plans(model: str) -> None:
     for budget in 8, 12, 16, 24:
         for quantize, engine in ("nf4", "torch"), ("none", "torch"), ("none", "vllm"):
             config = QWEN.change(model=model, quantize=quantize, sampler=engine)
-            costs = Costs(config, read_sizes(model, model), longest_prompt(model, model, config.task.size), engine)
+            prompt = read_chat(model, model).longest(make_problems(100, "train")) + MARGIN
+            costs = Costs(config, read_sizes(model, model), prompt, engine)
             plan = fit(costs, budget)
             memory = f"{plan.cache_gb:.1f} GB cache" if plan.cache_gb else f"{plan.rows} sequences"
             shown = f"{plan.micro_tokens:,} tokens | {memory} | {plan.need:.1f} GB"

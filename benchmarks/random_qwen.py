@@ -20,8 +20,8 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from config import check, check_choices
-from countdown import Problem, check_game, make_problems, prompt
+from config import check, check_choices, check_ranges
+from countdown import Problem, make_problems, prompt
 from experiments.pretrain import write_game
 from runtime import cli
 from runtime.files import check_writable
@@ -58,7 +58,7 @@ class Shape:
         check(self, "at least", 256 + len(SPECIAL), "vocabulary")  # all bytes
         check(self, "at least", 0, "lessons")
         check_choices(self, dtype=("float32", "bfloat16"))
-        check_game(seed=self.seed)
+        check_ranges(seed=self.seed)
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError("a head's width must be whole and even, and heads a multiple of kv_heads")
         check_writable(self.folder, folder=True)

@@ -28,13 +28,13 @@ from safetensors.torch import load_file
 from benchmarks.random_qwen import Shape, make_checkpoint
 from benchmarks.steps import UNCLIPPED
 from config import TINY, Config, check, check_choices, preset_for
-from countdown import Problem, Reward, make_problems
+from countdown import Problem, make_problems
 from distill import group_advantages
 from runtime import cli, files, provenance
 from runtime.files import KIT, check_writable
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
-from sampling import SamplingParams, Trajectory, complete
+from sampling import Reward, SamplingParams, Trajectory, complete
 
 SIBLINGS = 16
 WIDE = dict(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, context=1024, dtype="float32")

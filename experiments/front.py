@@ -1,6 +1,6 @@
 """The picture of README.md: a search that ends in a right answer, and the policy's own answers before and after.
 
-    python -m experiments.front results/make-run --out results/front.png
+    python -m experiments.front results/make-run/mcts-tiny-seed0 --out results/front.png
 
 The search is the embedded policy's, before any training, with the settings of preset tiny. The two answers come from
 the run's samples.jsonl: the same problem, before training and at the last evaluation, without a search.

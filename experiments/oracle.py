@@ -24,8 +24,8 @@ import runtime.threads
 import numpy as np
 import tyro
 
-from config import TINY_TREE, SearchConfig, check
-from countdown import Problem, check_game, follow, make_problems, reachable, solvable
+from config import TINY_TREE, SearchConfig, check, check_ranges
+from countdown import Problem, follow, make_problems, reachable, solvable
 from distill import most_visited_path
 from mcts import Critic, plant, search
 from policy import Policy
@@ -60,7 +60,7 @@ class OracleConfig:
         if self.simulations:
             check(self, "at least", 1, "simulations")
         check(self, "above", 0, "temperature")
-        check_game(seed=self.seed)
+        check_ranges(seed=self.seed)
         check_writable(self.out)
         for model in self.models:
             locate(model)

@@ -1,4 +1,4 @@
-"""The embedded policy: a Qwen2 of 1.7 million parameters, trained from nothing on generated Countdown games.
+"""The embedded policy: 1.7 million parameters, trained from nothing on generated Countdown games.
 
     python -m experiments.pretrain --out assets/tiny      # from nothing; after an interruption the same command goes on
 
@@ -28,10 +28,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
-from config import check
-from countdown import Problem, check_game, enclose, legal_moves, play_distribution, prompt, split_of
+from config import check, check_ranges
+from countdown import Problem, enclose, legal_moves, play_distribution, prompt, split_of
 from runtime import cli
 from runtime.files import check_writable
 from runtime.weights import read_tensors
@@ -156,7 +156,7 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_game(size=self.size, highest=self.highest, seed=self.seed)
+        check_ranges(size=self.size, highest=self.highest, seed=self.seed)
         check(self, "at least", 1, "steps batch width warmup hidden layers save_every")
         check(self, "at most", MAX_LENGTH, "width")
         check(self, "at least", 0, "learning_rate adam_learning_rate on_target early_on_target rarity")
@@ -168,11 +168,15 @@ class PretrainConfig:
         check_writable(self.out, folder=True)
 
 
-def build_model(config: PretrainConfig, vocabulary: int) -> Qwen2ForCausalLM:
-    """A Qwen2 of the given width and depth, heads of 32, tied embeddings, fp32."""
+def build_model(config: PretrainConfig, vocabulary: int) -> SeedOssForCausalLM:
+    """A Qwen2 of the given width and depth, heads of 32, tied embeddings, fp32, under the name of SeedOss.
+
+    The two are the same network. But for model type qwen2 `AutoTokenizer` reads every tokenizer as Qwen's own, and
+    the numbers of a prompt run together; for seed_oss it takes the tokenizer that is saved (transformers 5.19).
+    """
     heads = config.hidden // 32
-    return Qwen2ForCausalLM(
-        Qwen2Config(
+    return SeedOssForCausalLM(
+        SeedOssConfig(
             vocab_size=vocabulary,
             hidden_size=config.hidden,
             intermediate_size=4 * config.hidden,
@@ -184,12 +188,18 @@ def build_model(config: PretrainConfig, vocabulary: int) -> Qwen2ForCausalLM:
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=0,
+            head_dim=32,
+            attention_bias=True,  # of queries, keys and values
+            attention_out_bias=False,
+            attention_dropout=0.0,
+            residual_dropout=0.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             attn_implementation="eager",  # three times faster than sdpa's backward on a CPU in bf16
         )
     )
 
 
-def make_optimizers(model: Qwen2ForCausalLM, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: SeedOssForCausalLM, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the layers, AdamW on the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -199,7 +209,7 @@ def make_optimizers(model: Qwen2ForCausalLM, config: PretrainConfig) -> list[tor
     ]
 
 
-def restore(checkpoint: Path, settings: dict, model: Qwen2ForCausalLM, optimizers: list) -> tuple[int, float]:
+def restore(checkpoint: Path, settings: dict, model: SeedOssForCausalLM, optimizers: list) -> tuple[int, float]:
     """Load a checkpoint; returns the steps and the seconds so far. ValueError for one with other settings."""
     saved = read_tensors(checkpoint)
     try:

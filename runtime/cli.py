@@ -20,6 +20,7 @@ from runtime.files import check_writable
 from runtime.guard import Stopped
 from runtime.provenance import versions
 from runtime.run_folder import by_name, read_settings
+from runtime.tasks import file_of, is_that_of
 from runtime.unread import check_stated
 
 Settings = TypeVar("Settings")
@@ -31,6 +32,7 @@ SHORT_HELP = {  # the settings that a student changes
     "model": "Hugging Face name or folder",
     "seed": "of all random draws",
     "out": "run folder (default: runs/METHOD-PRESET-seedN)",
+    "task": "countdown; FILE.py:NAME: a task of your own",
     "data": "problems of your own: a file, or a folder of train, validation and test",
     "tokens": "budget of generated tokens",
     "problems": "problems a training step",
@@ -239,6 +241,10 @@ def resumed(args: list[str]) -> Config:
         default = default.change(data=data)  # the same files, wherever they lie now
     elif data:
         problems.append(f"{data} does not hold the problems that the run began with")
+    if is_that_of(task := config.task.task, folder):
+        default = default.change(task=task)
+    else:
+        problems.append(f"{file_of(task)} has changed since the run began")
     problems += differences(asdict(default), asdict(config))
     if problems and "--force" not in args:
         fail(f"{folder} has other settings ({'; '.join(problems)}): --force goes on all the same")
@@ -275,12 +281,12 @@ def type_of_topic(field) -> type | None:
 
 
 def result_settings(saved: dict) -> dict:
-    """The settings in a config.json that decide a run's result, by their names alone. A model and data are known by
-    their names, wherever they lie."""
+    """The settings in a config.json that decide a run's result, by their names alone. Model, data and task are known
+    by their names, wherever they lie."""
     flat = by_name(saved)
     if flat.get("cluster") == "none":
         flat["max_staleness"] = 0
-    for name in ("model", "data"):
+    for name in ("model", "data", "task"):
         if flat.get(name):
             flat[name] = Path(flat[name]).name
     return {name: value for name, value in flat.items() if name not in INCIDENTAL}

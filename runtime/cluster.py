@@ -30,17 +30,16 @@ import torch
 from tqdm import tqdm
 
 from config import Config
-from countdown import Problem, draw
 from policy import Policy
-from runtime import memory, ranks
-from runtime.data import longest
-from runtime.loading import load_policy, pick_device
+from runtime import memory, ranks, tasks
+from runtime.files import sha256
+from runtime.loading import load_policy, locate, pick_device, read_chat
 from runtime.provenance import identity
 from runtime.run_folder import read_metrics
 from runtime.samplers import make_sampler
-from runtime.session import splits
 from runtime.torch_sampler import TorchSampler
-from sampling import Collect, Collected, Sampler, Trajectory, Usage
+from runtime.weights import set_weights, trained_weights
+from sampling import Collect, Collected, Problem, Sampler, Trajectory, Usage, draw
 
 TRIES = 5  # generators that may be lost with one shard, or one after another while they start
 START_SECONDS = 600  # that a start may take beyond a shard
@@ -124,21 +123,27 @@ def collecting(config: Config, collect: Collect) -> Iterator[Collect]:
 class Generator:
     """In a Ray actor: policy, critic and sampler. New weights come before a shard, never within one."""
 
-    def load(self, config: Config, collect: Collect, own: list[Problem]) -> dict[str, str]:
-        """Load the model; returns the versions and the code that this process runs. `own`: as for `memory.plan`."""
+    def load(self, config: Config, collect: Collect, prompt: int) -> dict[str, object]:
+        """Load the model; returns what this process runs, as `running` says. `prompt`: tokens of the longest prompt."""
         machine, device = config.machine, pick_device(config.machine.device)
-        options = dict(train=False, template_options=config.task.template_options)
+        options = dict(train=False, template_options=config.task.template_options, task=tasks.load_task(config.task))
         policy = load_policy(config.model, machine.lora_rank, device, machine.dtype, machine.quantize, **options)
         policy.version = -1  # the trainer's weights come with the first shard
-        self.sampler = make_sampler(memory.plan(config, device, own), policy, config.seed)
+        self.sampler = make_sampler(memory.plan(config, device, prompt), policy, config.seed)
         self.config, self.collector, self.policy = config, collect, policy
-        return identity()
+        return running(config)
 
     def collect(self, shard: Shard, version: int, weights: dict[str, np.ndarray]) -> Collected:
         if version != self.policy.version:
-            self.policy.set_weights({name: torch.tensor(array) for name, array in weights.items()})
+            set_weights(self.policy, {name: torch.tensor(array) for name, array in weights.items()})
             self.policy.version = version
         return collect_shard(self.collector, self.policy, self.sampler, shard, self.config)
+
+
+def running(config: Config) -> dict[str, object]:
+    """The versions, the code of the kit and the file of the task that this process runs."""
+    own = {} if config.task.task == "countdown" else {"task": sha256(tasks.file_of(config.task.task))}
+    return identity() | own
 
 
 def connect(config: Config) -> bool:
@@ -198,8 +203,10 @@ class Cluster:
         self.config = replace(config, model=str(model.resolve()) if model.exists() else config.model)
         resources = dict(num_cpus=1, num_gpus=int(pick_device(config.machine.device) == "cuda"))
         self.actor_class = self.ray.remote(Generator).options(**resources, max_restarts=0, max_task_retries=0)
-        self.train_problems = splits(config)["train"]
-        self.own = longest(self.train_problems) if config.task.data else []
+        task = tasks.load_task(config.task)
+        self.train_problems = tasks.splits(task, config)["train"]
+        chat = read_chat(*locate(config.model), task, config.task.template_options)
+        self.longest_prompt = chat.longest(self.train_problems)
         self.weights: tuple = ()  # the newest version, and where its weights are
         self.next_step = 0  # the first step whose shards are not in the queue yet
         self.waiting: queue.PriorityQueue = queue.PriorityQueue()  # shards, the oldest first
@@ -218,7 +225,7 @@ class Cluster:
     def __call__(self, policy: Policy, sampler: Sampler, problems: list[Problem], config: Config, rng) -> Collected:
         """A step's worth of trajectories. `problems` and `rng` are not read: `draw` makes them for later steps too."""
         started, step = time.perf_counter(), policy.version
-        self.weights = step, self.ray.put({name: w.numpy() for name, w in policy.trained_weights().items()})
+        self.weights = step, self.ray.put({name: w.numpy() for name, w in trained_weights(policy).items()})
         self.hand_out(step, config)
         results, dropped = self.gather(step)
         trajectories, usage, metrics = merge_shards(results)
@@ -274,7 +281,8 @@ class Cluster:
             shard, failed = None, failed + 1
             actor = self.actors[number] = self.actor_class.remote()
             try:
-                if (theirs := self.call(actor, "load", self.config, self.collector, self.own)) != (ours := identity()):
+                theirs = self.call(actor, "load", self.config, self.collector, self.longest_prompt)
+                if theirs != (ours := running(self.config)):
                     raise ValueError(f"a generator runs {theirs}, the trainer {ours}: install the same everywhere")
                 failed = 0
                 while (shard := self.waiting.get()).problems and not self.closing:

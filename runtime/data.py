@@ -13,14 +13,13 @@ from pathlib import Path
 from textwrap import shorten
 
 from config import TINY, Config
-from countdown import SHARES, Problem, reachable, solvable, split_of
+from countdown import SHARES, SOLVER_NUMBERS, Problem, reachable, solvable, split_of
 from runtime.files import KIT, one_line, read_json, sha256
 from runtime.run_folder import log_of, read_settings
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 LARGEST = 999_999_999  # number and target
 EXAMINED = 200  # problems of a split that the exact solver looks at
-SOLVER_NUMBERS = 5  # in a problem at most; with 5 the solver takes 10 ms, with each more a dozen times as long
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -159,13 +158,6 @@ def whole(value: object) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ looking at problems
-
-
-def longest(problems: list[Problem], count: int = 32) -> list[Problem]:
-    """The problems that may have the longest prompts: the most digits, or the most numbers."""
-    by_digits = sorted(set(problems), key=lambda problem: -len(f"{problem.numbers}{problem.target}"))
-    by_numbers = sorted(by_digits, key=lambda problem: -len(problem.numbers))
-    return [*by_digits[:count], *by_numbers[:count]]
 
 
 def multisets(problems: list[Problem]) -> set[tuple[int, ...]]:

@@ -1,30 +1,35 @@
-"""From evaluate.py's command line to a policy, a sampler and problems."""
+"""All of evaluate.py but the search: settings, policy, sampler and problems, and the program around a score."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 
-from config import TINY, SearchConfig, TaskConfig, TreeConfig, check, check_choices
-from countdown import Problem, check_game, make_problems
-from policy import Policy, encode
-from runtime import data
+from config import TINY, SearchConfig, TaskConfig, TreeConfig, absolute_task, check, check_choices, check_ranges
+from policy import Policy
+from runtime import data, tasks
 from runtime.cli import fail, given, normalized, option_names, read_config, restore
-from runtime.files import check_writable
-from runtime.loading import load_policy, locate, pick_device, read_model_config, read_tokenizer
+from runtime.files import check_writable, write
+from runtime.loading import load_policy, locate, pick_device, read_chat, read_model_config
+from runtime.provenance import provenance
 from runtime.run_folder import log_of, read_settings
 from runtime.samplers import SamplerPlan, make_sampler, pick_sampler
+from runtime.scores import Score
 from runtime.torch_sampler import KEPT, check_context, context_of
 from runtime.unread import check_stated
-from sampling import Sampler
+from sampling import Problem, Sampler, Task
 
 
 @dataclass
 class Evaluation:
-    """Evaluate a run, a saved policy or a Hugging Face model on Countdown. --search none, mcts or best-of-n."""
+    """Evaluate a run, a saved policy or a Hugging Face model on its task. --search none, mcts or best-of-n."""
 
     model: tyro.conf.Positional[str] = TINY  # a run folder, a policy's folder or a Hugging Face name
     method: str = "none"  # none (the policy alone), mcts, best-of-n; --search is the same
+    task: str = "countdown"  # countdown; FILE.py:NAME: a task of your own; default: the one that the run has learnt
     data: Path | None = None  # a file of problems, all of them; a folder's test; default: the test split
     problems: int = 820  # of the test split
     skip: int = 0  # before them; problems after the first 820 have decided nothing yet
@@ -44,7 +49,7 @@ class Evaluation:
 
     def __post_init__(self):
         check_choices(self, sampler=("auto", "torch", "vllm"), dtype=("float32", "bfloat16"), quantize=("none", "nf4"))
-        check_game(size=self.size, seed=self.seed)
+        check_ranges(size=self.size, seed=self.seed)
         check(self, "at least", 1, "problems rows max_tokens")
         check(self, "at least", 0, "kept skip")
         check(self, "above", 0, "cache_gb temperature")
@@ -122,33 +127,44 @@ def parse(args: list[str]) -> Evaluation:
     others = {name for kind in EVALUATIONS.values() for name in option_names(kind())}
     default = EVALUATIONS[method](method=method)
     config = read_config(type(default), args, default, {name: f"--search {method}" for name in others})
+    config = replace(config, task=absolute_task(given(args, "--task", "") or learnt_task(config.model)))
     check_stated(args, config, default)
     return config
 
 
+def learnt_task(model: str) -> str:
+    """The task that a run has learnt; countdown for another model. ValueError if the task's file has changed since."""
+    run = run_of(model)
+    task = settings_of(run).task if run else "countdown"
+    if run and not tasks.is_that_of(task, run):
+        raise ValueError(f"{tasks.file_of(task)} has changed since {run} learnt it: pass --task to take it as it is")
+    return task
+
+
 def load(config: Evaluation) -> tuple[Policy, Sampler, list[Problem]]:
     """What an evaluation works with. ValueError, before weights are loaded, for what can't be evaluated."""
-    problems = choose_problems(config)
+    task = tasks.load_task(TaskConfig(config.task, size=config.size))
+    problems = choose_problems(config, task)
     device = pick_device(config.device)
     engine = pick_sampler(config, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    tokenizer = read_tokenizer(folder, base, config.template_options)
-    longest = max(len(encode(tokenizer, problem)) for problem in problems)
+    longest = read_chat(folder, base, task, config.template_options).longest(problems)
     check_context(context_of(read_model_config(folder, base)), longest, config.drawn_tokens)
-    options = dict(train=False, template_options=config.template_options)
+    options = dict(train=False, template_options=config.template_options, task=task)
     policy = load_policy(config.model, 0, device, config.dtype, config.quantize, **options)
     plan = SamplerPlan(engine, longest + config.max_tokens, config.rows, config.kept, config.cache_gb)
     return policy, make_sampler(plan, policy, config.seed), problems
 
 
-def choose_problems(config: Evaluation) -> list[Problem]:
-    """The problems of an evaluation: those of --data; of a run that had --data, its test; else the game's test.
+def choose_problems(config: Evaluation, task: Task) -> list[Problem]:
+    """The problems of an evaluation: those of --data; of a run that had --data, its test; else the task's test.
     ValueError if the model is a run that was trained on another game than the one it is to be evaluated on."""
     run = run_of(config.model)
-    task = restore(TaskConfig, read_settings(run).get("task", {}), run)[0] if run else None
-    own = task.data if task else None  # what the run was trained with
-    if task:
-        check_task(config, task)
+    learnt = settings_of(run) if run else None
+    own = None  # what the run was trained with
+    if learnt and learnt.task == config.task:
+        own = learnt.data
+        check_settings(config, learnt)
     if own and data.are_those_of(config.data or own, run):
         test = data.read_splits(config.data or own)["test"]
         problems = test[config.skip : config.skip + config.problems]
@@ -163,8 +179,10 @@ def choose_problems(config: Evaluation) -> list[Problem]:
     elif own:
         raise ValueError(f"{own} has changed since {run} was trained with it: pass --data with other problems")
     else:
-        problems = make_problems(config.skip + config.problems, "test", size=config.size)[config.skip :]
-        remarks = data.unfamiliar(problems, config.model)
+        problems = task.problems("test", config.skip + config.problems)[config.skip :]
+        if not problems:
+            raise ValueError(f"{config.task} has no more test problems: pass a smaller --skip")
+        remarks = data.unfamiliar(problems, config.model) if config.task == "countdown" else []
     for line in remarks:
         print(line)
     return problems
@@ -175,7 +193,12 @@ def run_of(model: str) -> Path | None:
     return next((folder for folder in (Path(model), Path(model).parent) if log_of(folder)), None)
 
 
-def check_task(config: Evaluation, task: TaskConfig) -> None:
+def settings_of(run: Path) -> TaskConfig:
+    """The settings of the task that a run has learnt."""
+    return restore(TaskConfig, read_settings(run).get("task", {}), run)[0]
+
+
+def check_settings(config: Evaluation, task: TaskConfig) -> None:
     """ValueError for an evaluation that does not fit the game that a run has learnt."""
     if task.split == "post" and not config.data:
         raise ValueError(f"{config.model} was trained with --split post, on the test's own numbers: pass --data")
@@ -187,3 +210,45 @@ def check_task(config: Evaluation, task: TaskConfig) -> None:
         if task.data:
             raise ValueError(f"{config.model} was trained with --data {task.data}: leave out --size")
         raise ValueError(f"{config.model} has learnt the game with {task.size} numbers: pass --size {task.size}")
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def run(config: Evaluation, score_policy: Callable[..., Score], score_search: Callable[..., Score]) -> None:
+    """Measure, print and write what the command line asks for, by the functions of evaluate.py."""
+    done = []
+    try:
+        for score in scores(config, score_policy, score_search):
+            done.append(asdict(score))
+            if config.out:  # before the lines below: whoever reads them may be gone
+                used = {"problems": score.problems, "size": None, "skip": None} if config.data else {}
+                result = asdict(config) | used | {"scores": done, "provenance": provenance()}
+                write(config.out, json.dumps(result, default=str))
+            show(config, score)
+    except torch.OutOfMemoryError:
+        kept = f" or --kept {config.kept}" if config.method == "mcts" else ""
+        fail(f"out of GPU memory: pass less than --rows {config.rows}{kept}, or --quantize nf4")
+
+
+def scores(config: Evaluation, score_policy, score_search) -> Iterator[Score]:
+    """A score of the policy alone, or one of a search for each budget."""
+    policy, sampler, problems = load(config)
+    if config.method == "none":
+        settings = config.samples, config.temperature, config.max_tokens, config.seed
+        yield score_policy(policy, sampler, problems, *settings, progress=True)
+        return
+    for budget in config.budget:
+        settings = config.method, config.search(budget), config.seed
+        yield score_search(policy, sampler, problems, *settings, progress=True)
+
+
+def show(config: Evaluation, score: Score) -> None:
+    """Print a score and what it cost."""
+    usage = score.usage
+    counts = [f"{getattr(usage, name) / score.problems:.0f} {name}" for name in ("generated", "decoded", "prefilled")]
+    print(f"{config.model}, search={config.method}: {score.line()}")
+    print(
+        f"tokens a problem: {', '.join(counts)}, {usage.valued / score.problems:.0f} read by the critic; "
+        f"{usage.seconds:.0f} s of sampling, {usage.critic_seconds:.0f} s of the critic"
+    )

@@ -61,7 +61,7 @@ def launch(args: list[str], method: str, collectors: dict[str, Callable], traine
 
 def follow(config: Config, trainer: Trainer) -> None:
     """What the other ranks do: the same updates as the first, until it ends."""
-    session = Session(config, trainer.make_optimizer, score_policy=None)
+    session = Session(config, trainer.make_optimizer)
     ranks.synchronize(session.policy, session.optimizer)
     while message := ranks.broadcast():
         trajectories, progress = message

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from config import TINY, Config
-from countdown import Problem
-from policy import Policy, encode
+from countdown import Countdown
+from policy import Policy
 from runtime.cache import GROUPED
+from runtime.chat import Chat
 from runtime.files import KIT, one_line, read_json, typed
 from runtime.model_checks import (
     EXACT,
@@ -36,9 +37,11 @@ from runtime.model_checks import (
     difference,
 )
 from runtime.weights import VALUE_HEAD, load_value_head, read_model
+from sampling import Task
 
 disable_progress_bar()  # of weights that are loaded or saved: it would break the run's own bar; downloads keep theirs
 
+COUNTDOWN = Countdown()
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma 2, Cohere, Granite
 
 
@@ -63,6 +66,7 @@ def load_policy(
     train: bool = True,
     seed: int | None = None,
     template_options: str = "",
+    task: Task = COUNTDOWN,
 ) -> Policy:
     """A policy from a Hugging Face name or folder, a run folder, or a folder written by `Policy.save` (adapters too).
 
@@ -71,6 +75,7 @@ def load_policy(
     train: False, for evaluation, allows any dtype and makes no reference.
     seed: of the first weights of value head and adapter.
     template_options: of the chat template, as JSON.
+    task: what the policy is asked.
     ValueError says what to do if the model can't be used.
     """
     if seed is not None:
@@ -86,7 +91,7 @@ def load_policy(
         check_adapter_settings(adapter, lora_rank)
     config = read_model_config(folder, base)
     stored = stored_bits(base, config, train and not lora)
-    tokenizer = read_tokenizer(folder, base, template_options)
+    chat = read_chat(folder, base, task, template_options)
     dtype = getattr(torch, dtype)
     options = dict(config=config, dtype=dtype)
     if stored:
@@ -118,7 +123,7 @@ def load_policy(
     for parameter in lm.parameters():
         if parameter.requires_grad and lora:
             parameter.data = parameter.data.float()
-    policy = Policy(lm.eval(), tokenizer, lora, train)
+    policy = Policy(lm.eval(), chat, lora, train)
     if (head := Path(folder) / VALUE_HEAD).exists():
         load_value_head(policy, head)
     check_policy(policy, str(model))
@@ -174,9 +179,19 @@ def read_model_config(folder: str, base: str) -> PreTrainedConfig:
     return config
 
 
+def read_chat(folder: str, base: str, task: Task = COUNTDOWN, template_options: str = "") -> Chat:
+    """A task for a model's tokenizer. ValueError if the tokenizer can't be read, or can't write the task's prompts."""
+    chat = Chat(read_tokenizer(folder, base, template_options), task)
+    problem = task.problems("train", 1)[0]
+    try:
+        chat.encode(problem)
+    except Exception as error:  # those of the chat template too
+        raise ValueError(explain(folder, base, error)) from None
+    return chat
+
+
 def read_tokenizer(folder: str, base: str, template_options: str = "") -> PreTrainedTokenizerFast:
-    """A model's tokenizer; of an adapter, the one in its folder if there is one. ValueError if it can't be read, or
-    can't write prompts."""
+    """A model's tokenizer; of an adapter, the one in its folder if there is one. ValueError if it can't be read."""
     source = folder if (Path(folder) / "tokenizer.json").exists() else base
     try:
         check_tokenizer_files(source)
@@ -187,8 +202,7 @@ def read_tokenizer(folder: str, base: str, template_options: str = "") -> PreTra
         if tokenizer.eos_token is None:
             raise ValueError("its tokenizer has no eos_token: answers would never end")
         set_template_options(tokenizer, template_options)
-        encode(tokenizer, Problem((1, 2), 3))
-    except Exception as error:  # those of the chat template too
+    except Exception as error:  # each fault has its own type
         raise ValueError(explain(folder, base, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

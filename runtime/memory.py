@@ -16,7 +16,6 @@ CONTEXT_GB, FRAGMENTATION and VLLM_GB are assumptions: only a GPU can tell them.
 """
 
 from bisect import bisect
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -27,12 +26,11 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import Config
-from countdown import Problem
-from policy import CRITIC_TOKENS, LOGIT_CHUNK, ValueHead, encode
+from policy import LOGIT_CHUNK, ValueHead
 from runtime.cache import BLOCK
-from runtime.loading import adapter_rank, locate, read_model_config, read_tokenizer
+from runtime.loading import adapter_rank, locate, read_model_config
 from runtime.samplers import SamplerPlan, pick_sampler
-from runtime.torch_sampler import DRAW_CHUNK, KEPT, check_context, context_of
+from runtime.torch_sampler import CRITIC_TOKENS, DRAW_CHUNK, KEPT, check_context, context_of
 from runtime.vllm_sampler import MAX_SEQUENCES
 
 GB = 2**30
@@ -116,13 +114,6 @@ def read_sizes(folder: str, base: str) -> Sizes:
         linear_inputs=sum(m.in_features for m in of_a_layer),
         linear_layers=len(of_a_layer),
     )
-
-
-def longest_prompt(folder: str, base: str, size: int, own: Sequence[Problem] = (), template_options: str = "") -> int:
-    """Tokens that a prompt has at most: of problems of one's `own`, or of the game with `size` numbers. ValueError if
-    the tokenizer can't be read."""
-    tokenizer = read_tokenizer(folder, base, template_options)
-    return max(len(encode(tokenizer, problem)) for problem in own or [Problem((13,) * size, 13**size)]) + MARGIN
 
 
 def drawn_tokens(config: Config) -> int:
@@ -286,9 +277,9 @@ def advice(costs: Costs, budget: float) -> str:
     return ""
 
 
-def plan(config: Config, device: str, own: Sequence[Problem] = ()) -> Plan:
-    """The plan of a run on `device`, made before weights are loaded. ValueError, one line, if nothing fits. `own`: with
-    --data, the problems with the longest prompts.
+def plan(config: Config, device: str, prompt: int) -> Plan:
+    """The plan of a run on `device`, made before weights are loaded. ValueError, one line, if nothing fits. `prompt`:
+    tokens of the longest prompt.
 
     With --gpu-memory PyTorch gets no more than that. With --sampler auto a run that does not fit with vLLM takes the
     torch sampler. On a CPU without --gpu-memory nothing is estimated.
@@ -296,7 +287,7 @@ def plan(config: Config, device: str, own: Sequence[Problem] = ()) -> Plan:
     machine = config.machine
     engine = pick_sampler(machine, config.model, device, config.cutoff is not None)
     folder, base = locate(config.model)
-    longest = longest_prompt(folder, base, config.task.size, own, config.task.template_options)
+    longest = prompt + MARGIN
     on_gpu = device.startswith("cuda")
     check_context(context_of(read_model_config(folder, base)), longest, drawn_tokens(config))
     if not on_gpu and not machine.gpu_memory:

@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from policy import Batch as Sequences
-from policy import group_by_length
 from sampling import Trajectory
 
 Result = TypeVar("Result")
@@ -82,3 +81,19 @@ def right_align(rows: list[list[float]], mask: torch.Tensor) -> torch.Tensor:
     """Rows of numbers, one a token, as a tensor of the mask's shape and device, zeros on the left. [B, T]"""
     width = mask.shape[1]
     return torch.tensor([[0.0] * (width - len(row)) + row for row in rows], device=mask.device)
+
+
+def group_by_length(lengths: list[int], tokens: int, padding: float = 1.0) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, the longest first. A group has at most `tokens` tokens with its
+    padding, at most the share `padding` of them padding, and at least one sequence."""
+    groups: list[list[int]] = []
+    area = filled = 0  # tokens of the last group with and without padding, if the next sequence joins it
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups:
+            area = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            filled = sum(lengths[j] for j in groups[-1]) + lengths[i]
+        if groups and area <= tokens and area - filled <= padding * area:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

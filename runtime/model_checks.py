@@ -7,7 +7,6 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from countdown import Problem
 from policy import Policy, left_pad
 from runtime.cache import KVCache
 from runtime.files import one_line, read_json
@@ -17,7 +16,7 @@ EXACT = 0.01  # largest `difference` of the same computation, done twice
 ROUNDED = 0.2  # that of two orders of the same computation in bf16 or in few bits; in fp32 EXACT holds too
 AMPLIFIED = 1000  # factor of hidden states, so that a cap of the logits shows
 OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json")
-PROBES = [Problem((n,), n) for n in range(1, 100)]  # every digit, alone and beside another
+PROBES = 99  # problems whose prompts are looked at
 
 
 def check_policy(policy: Policy, model: str) -> None:
@@ -37,7 +36,8 @@ def check_vocabulary(policy: Policy, model: str) -> None:
     """Refuse a tokenizer whose prompts, padding or end are no rows of the embedding. Other tokens may have no row: the
     model can't draw them."""
     rows, tokenizer = policy.lm.get_input_embeddings().weight.shape[0], policy.tokenizer
-    used = {token for problem in PROBES for token in policy.encode(problem)}
+    problems = policy.chat.task.problems("train", PROBES)
+    used = {token for problem in problems for token in policy.encode(problem)}
     largest = max(used | {tokenizer.eos_token_id, tokenizer.pad_token_id})
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -58,7 +58,7 @@ def check_logits(policy: Policy, model: str) -> None:
     the two would make every log-probability wrong. The backbone: the kit pads prompts on the left, and runs the last
     token with the keys and values of those before it.
     """
-    kind, prompt = policy.lm.config.model_type, policy.encode(PROBES[-1])
+    kind, prompt = policy.lm.config.model_type, policy.encode(policy.chat.task.problems("train", 1)[0])
     ids, attention = left_pad([prompt, prompt[len(prompt) // 2 :]], policy.tokenizer.pad_token_id, policy.device)
     try:
         hidden, amplified, logits = own_pass(policy, ids[1:, len(prompt) // 2 :])

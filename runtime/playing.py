@@ -7,15 +7,14 @@ from pathlib import Path
 import tyro
 
 from config import TINY, Config, SearchConfig, check, preset_for
-from countdown import Problem, solve
 from policy import Policy
 from runtime.cli import read_config, restore
-from runtime.data import LARGEST, SOLVER_NUMBERS
 from runtime.evaluation import run_of
 from runtime.loading import load_policy, locate, pick_device
 from runtime.run_folder import read_settings
+from runtime.tasks import load_task
 from runtime.torch_sampler import TorchSampler
-from sampling import Grade, Sampler
+from sampling import Grade, Problem, Sampler, Task, ask
 
 
 @dataclass
@@ -45,9 +44,18 @@ class Table:
     """The players, the base first, and how they play."""
 
     players: list[Player]
+    task: Task
     tree: SearchConfig
     exact: bool  # a near miss earns nothing
     settings: Play
+
+    def parse(self, text: str) -> Problem:
+        """The problem that a person has typed. ValueError for what is none."""
+        return parse(self.task, text)
+
+    def example(self) -> str:
+        """A problem as one types it."""
+        return str(self.task.problems("validation", 1)[0]).replace("→ ", "")
 
     def grade(self, policy: Policy) -> Grade:
         """The verifier, with the reward of the search in training."""
@@ -59,15 +67,16 @@ def sit_down(args: list[str]) -> tuple[Table, Problem | None]:
     for a problem that is none."""
     settings = read_config(Play, args)
     model, words = split_words(settings.words)
-    problem = parse(" ".join(words)) if words else None
     model = model or newest_run() or TINY
     config = config_of(model)
-    names = [model] if not run_of(model) else [config.model, model]
+    task = load_task(config.task)
+    problem = parse(task, " ".join(words)) if words else None
+    names = [name for name in (base_of(model, config), model) if name]
     print(f"loading {' and '.join(names)} …")
     device = pick_device(settings.device)
-    players = [sit(name, config, device) for name in names]
+    players = [sit(name, config, task, device) for name in names]
     tree = config.change(temperature=config.learning.temperature).search
-    return Table(players, tree, config.task.reward == "exact", settings), problem
+    return Table(players, task, tree, config.task.reward == "exact", settings), problem
 
 
 def split_words(words: tuple[str, ...]) -> tuple[str, list[str]]:
@@ -99,28 +108,23 @@ def config_of(model: str) -> Config:
     return replace(config, method="mcts", group=None, tree=usual.tree, distill=usual.distill)
 
 
-def sit(name: str, config: Config, device: str) -> Player:
+def parse(task: Task, text: str) -> Problem:
+    """The problem that a text means. ValueError for what is none, and for a task that reads no texts."""
+    problem = ask(task, "parse", text)
+    if problem is None:
+        raise ValueError("this task has no method parse: it reads no problems that are typed (docs/your_task.md)")
+    return problem
+
+
+def base_of(model: str, config: Config) -> str:
+    """The model that training began with: of a run, or of an adapter; empty if it is not known."""
+    folder, base = locate(model)
+    return config.model if run_of(model) else base if base != folder else ""
+
+
+def sit(name: str, config: Config, task: Task, device: str) -> Player:
     """A policy, loaded as the run had it, with a sampler."""
     machine = config.machine
-    options = dict(train=False, template_options=config.task.template_options)
+    options = dict(train=False, template_options=config.task.template_options, task=task)
     policy = load_policy(name, 0, device, machine.dtype, machine.quantize, **options)
     return Player(name, policy, TorchSampler(policy))
-
-
-# ------------------------------------------------------------------------------------------------ Countdown
-
-
-def parse(text: str) -> Problem:
-    """A problem that a person has typed: numbers, then the target. ValueError for anything else."""
-    words = text.replace(",", " ").replace("→", " ").replace("=", " ").split()
-    if len(words) < 2 or not all(word.isdecimal() and 0 < int(word) <= LARGEST for word in words):
-        raise ValueError(f"type positive whole numbers, the target last, as 3 5 7 9 44: not {text[:40]!r}")
-    *numbers, target = map(int, words)
-    return Problem(tuple(numbers), target)
-
-
-def solution(problem: Problem) -> str:
-    """A right answer, by the exact solver."""
-    if len(problem.numbers) > SOLVER_NUMBERS:
-        return f"it takes problems of up to {SOLVER_NUMBERS} numbers"
-    return solve(problem.numbers).get(problem.target, f"{problem.target} can't be reached")

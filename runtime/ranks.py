@@ -25,6 +25,7 @@ from torch import nn
 
 from policy import Policy
 from runtime.micro_batches import MicroBatches, merge
+from runtime.weights import set_weights, trained_weights
 from sampling import Trajectory
 
 
@@ -74,7 +75,7 @@ def synchronize(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Rank 0's weights and optimiser state, on all ranks."""
     if world() == 1:
         return
-    policy.set_weights(broadcast(policy.trained_weights()))
+    set_weights(policy, broadcast(trained_weights(policy)))
     saved = optimizer.state_dict()
     saved["state"] = on_cpu(saved["state"])
     optimizer.load_state_dict(broadcast(saved))

@@ -64,7 +64,8 @@ def idle(steps: int, config: Config) -> str:
     """What is wrong, and what to do, after some steps in a row that have taught the policy nothing."""
     which = "this step has" if steps == 1 else f"{steps} steps in a row have"
     need, more = "a right answer", {"mcts": "--simulations or --children", "none": "--problems"}
-    advice = f"more {more.get(config.method, '--samples')}, or scripts/warm_up.py first"
+    advice = f"more {more.get(config.method, '--samples')}, or "
+    advice += "scripts/warm_up.py first" if config.task.task == "countdown" else "easier problems"
     if config.method in GROUP_METHODS:
         need = "a group with unequal rewards"
         advice += ", or --reward dense" if config.task.reward == "exact" else ""

@@ -45,14 +45,14 @@ class Run:
         folder: Path,
         settings: dict,
         resume: bool = False,
-        data: dict[str, str] | None = None,
+        checksums: dict | None = None,
         track: str = "none",
     ):
-        """`data`: the checksums of the problems' files, if they come from files; part of the provenance. `track`: the
-        tracker that gets the metrics too."""
+        """`checksums`: those of the files that problems and task come from; part of the provenance. `track`: where
+        metrics go too."""
         from filelock import FileLock, Timeout
 
-        self.folder, self.data, self.track = Path(folder), data, track
+        self.folder, self.checksums, self.track = Path(folder), checksums or {}, track
         self.metrics = self.folder / LOGS[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=0)
@@ -79,7 +79,7 @@ class Run:
     def write_config(self) -> None:
         """Write the settings, and what the run was begun with. A resumed run calls this once its checkpoint is loaded:
         settings that the checkpoint does not fit are never written."""
-        begun_with = provenance() | ({"data": self.data} if self.data else {})
+        begun_with = provenance() | self.checksums
         if self.restored:
             begun_with = read_settings(self.folder).get("provenance")
         settings = self.settings | {"provenance": begun_with}

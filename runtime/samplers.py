@@ -9,14 +9,15 @@ from policy import Policy
 from runtime import ranks
 from runtime.loading import adapter_rank, locate, read_model_config, read_tokenizer
 from runtime.torch_sampler import KEPT, TorchSampler
-from runtime.vllm_sampler import NOT_DISTINCT, VLLMSampler, read_alike, refusal
+from runtime.vllm_sampler import NOT_DISTINCT, VLLMSampler, borrowed, read_alike, refusal
 from sampling import Sampler
 
 
 def serves(model: str, dtype: str, lora_rank: int) -> bool:
-    """Whether vLLM serves a model's weights, tokenizer and adapter on a GPU."""
+    """Whether vLLM serves a model's class, weights, tokenizer and adapter on a GPU."""
     folder, base = locate(model)
-    if getattr(read_model_config(folder, base), "quantization_config", None):
+    config = read_model_config(folder, base)
+    if getattr(config, "quantization_config", None) or borrowed(config.architectures):
         return False
     rank, tokenizer = adapter_rank(folder, base) or lora_rank, read_tokenizer(folder, base)
     if refusal(rank, dtype == "float32"):

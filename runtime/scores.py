@@ -1,12 +1,15 @@
 """Scores of an evaluation: mean@k and pass@k with 95 % intervals."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
-from sampling import Usage
+from sampling import Problem, Sampler, SamplingParams, Usage, complete, stream
 
 DRAWS, BLOCK = 10_000, 250  # of a bootstrap, in all and at a time
+CHUNK = 64  # problems sampled between two updates of the progress bar
 
 
 def resampled(per_problem: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -72,3 +75,32 @@ class Score:
             f"mean@{self.samples} {self.mean_at_k:.2%} [{self.mean_low:.2%}, {self.mean_high:.2%}]  "
             f"pass@{self.samples} {self.pass_at_k:.2%}  dense reward {self.reward:+.3f}  format {self.parsed:.1%}"
         )
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def score_policy(
+    policy,
+    sampler: Sampler,
+    problems: list[Problem],
+    samples: int = 16,
+    temperature: float = 1.0,
+    max_tokens: int = 512,
+    seed: int = 0,
+    progress: bool = False,
+) -> Score:
+    """mean@k and pass@k of the policy alone, k = `samples`. Sample j of problem i depends on (seed, i) alone."""
+    rewards, usage, params = [], Usage(), SamplingParams(samples, max_tokens, temperature)
+    for chunk, seeds in chunks(problems, seed, "evaluate", progress):
+        rows, used = complete(policy, sampler, chunk, seeds, params, policy.grade)
+        rewards += [[t.reward for t in row] for row in rows]
+        usage += used
+    return Score.of(rewards, usage)
+
+
+def chunks(problems: list[Problem], seed: int, what: str, progress: bool) -> Iterator[tuple[list[Problem], list[int]]]:
+    """Some problems at a time, and a seed for each."""
+    for start in tqdm(range(0, len(problems), CHUNK), desc=what, leave=False, disable=None if progress else True):
+        chunk = problems[start : start + CHUNK]
+        yield chunk, [stream(seed, start + i) for i in range(len(chunk))]

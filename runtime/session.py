@@ -6,7 +6,6 @@ metrics to the run folder and the terminal.
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,18 +13,16 @@ import numpy as np
 import torch
 
 from config import Config
-from countdown import Problem, draw, make_splits
-from runtime import data, memory, ranks, report, run_report, trees, watch
+from runtime import memory, model_card, ranks, report, run_report, tasks, trees, watch
 from runtime.board import load_tracker
+from runtime.files import seal
 from runtime.guard import Guard, Stopped
-from runtime.loading import load_policy, pick_device
+from runtime.loading import load_policy, locate, pick_device, read_chat
 from runtime.run_folder import Run, read_metrics
 from runtime.samplers import make_sampler
-from runtime.scores import Score
+from runtime.scores import Score, score_policy
 from runtime.weights import load_weights, read_tensors, save_policy
-from sampling import Progress, Trajectory, Usage
-
-ScorePolicy = Callable[..., Score]  # (policy, sampler, problems, samples, temperature, max_tokens, seed, progress)
+from sampling import Problem, Progress, Trajectory, Usage, draw
 
 
 @dataclass
@@ -40,19 +37,19 @@ class State(Progress):
 class Session:
     """A run and its folder, open for one process: `with Session(…) as session`."""
 
-    def __init__(self, config: Config, make_optimizer, score_policy: ScorePolicy, resume: bool = False):
-        """`make_optimizer(policy, config)` and `score_policy(…)` come from ppo.py and evaluate.py, which runtime/ does
-        not import."""
-        self.config, self.score_policy, self.resume = config, score_policy, resume
+    def __init__(self, config: Config, make_optimizer, resume: bool = False):
+        """`make_optimizer(policy, config)` comes from ppo.py, which runtime/ does not import."""
+        self.config, self.resume = config, resume
         load_tracker(config.measuring.track)
         self.device = pick_device(config.machine.device)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(config.seed)
-        self.problems = splits(config)
-        for line in remarks(self.problems, config):
+        task = tasks.load_task(config.task)
+        self.problems = tasks.splits(task, config)
+        for line in tasks.remarks(self.problems, config):
             print(line)
-        own = data.longest(sum(self.problems.values(), [])) if config.task.data else []
-        self.plan = memory.plan(config, self.device, own)
+        chat = read_chat(*locate(config.model), task, config.task.template_options)
+        self.plan = memory.plan(config, self.device, chat.longest(sum(self.problems.values(), [])))
         if self.plan.estimate:
             print(self.plan)
         self.policy = load_policy(
@@ -63,6 +60,7 @@ class Session:
             config.machine.quantize,
             config.machine.gradient_checkpointing,
             template_options=config.task.template_options,
+            task=task,
         )
         self.sampler = make_sampler(self.plan, self.policy, config.seed)
         self.optimizer = make_optimizer(self.policy, config)
@@ -75,8 +73,7 @@ class Session:
     # -------------------------------------------------------------------------------------------- begin and end
 
     def __enter__(self) -> "Session":
-        sums = data.checksums(self.config.task.data) if self.config.task.data else None
-        track = self.config.measuring.track
+        sums, track = tasks.checksums(self.config.task), self.config.measuring.track
         self.run = Run(self.config.folder, asdict(self.config), self.resume, sums, track)
         try:
             self.begin()
@@ -116,8 +113,10 @@ class Session:
     def finish(self) -> dict[str, Score]:
         """Save and test the final policy; returns the test scores before and after training."""
         self.terminal.close()
-        self.run.publish("policy", lambda folder: save_policy(self.policy, folder))
+        self.run.publish("policy", self.save)
         self.scores["after"] = self.test()
+        self.write_card(self.run.folder / "policy")
+        seal(self.run.folder / "policy")
         print(report.ending(self.scores, self.progress, self.config))
         run_report.write_report(self.run.folder)
         return self.scores
@@ -169,14 +168,14 @@ class Session:
         """The score of the policy, without a search, on a split: `samples` answers of each problem."""
         temperature, max_tokens = self.config.measuring.eval_temperature, self.config.task.max_tokens
         settings = samples, temperature, max_tokens, self.config.seed
-        return self.score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
+        return score_policy(self.policy, self.sampler, self.problems[split], *settings, progress=True)
 
     def validate(self) -> dict[str, float]:
         """The metrics of the validation problems. The best policy so far is saved as best/."""
         score = self.score("validation", self.config.measuring.eval_samples)
         if score.mean_at_k > self.progress.best:
             self.progress.best = score.mean_at_k
-            self.run.publish("best", lambda folder: save_policy(self.policy, folder))
+            self.run.publish("best", self.save)
         row = {"eval_mean": score.mean_at_k, "eval_pass": score.pass_at_k, "eval_reward": score.reward}
         return row | {"eval_parsed": score.parsed, "eval_k": score.samples}
 
@@ -201,11 +200,22 @@ class Session:
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
+    def save(self, folder: Path) -> None:
+        """The policy with its model card."""
+        save_policy(self.policy, folder)
+        self.write_card(folder)
+
+    def write_card(self, folder: Path) -> None:
+        scores = {when: score for when, score in self.scores.items() if folder.name.startswith("policy")}
+        place = str(self.run.folder / folder.name.removesuffix(".new"))
+        text = model_card.card(self.config, self.progress, scores, self.policy.chat, place)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
     def checkpoint(self) -> None:
         """Write all that the run needs to go on."""
 
         def save(folder: Path) -> None:
-            save_policy(self.policy, folder)
+            self.save(folder)
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(random_state(), folder / "random.pt")
 
@@ -233,24 +243,6 @@ class Session:
             group["initial_lr"] = rate
         set_random_state(read_tensors(folder / "random.pt"))
         self.run.write_config()
-
-
-def splits(config: Config) -> dict[str, list[Problem]]:
-    """The run's problems, by split: train, validation, test."""
-    task, measuring = config.task, config.measuring
-    if task.data:
-        own = data.read_splits(task.data)
-        validation, test = own["validation"][: measuring.eval_problems], own["test"][: measuring.test_problems]
-        return {"train": own["train"], "validation": validation, "test": test}
-    sizes = dict(train=task.train_problems, validation=measuring.eval_problems, test=measuring.test_problems)
-    return make_splits(task.split, **sizes, size=task.size)
-
-
-def remarks(problems: dict[str, list[Problem]], config: Config) -> list[str]:
-    """What a run says of its problems, a line each."""
-    if config.task.data:
-        return [data.counts(problems, config), *data.remarks(problems, config.model)]
-    return data.unfamiliar(problems["train"], config.model)
 
 
 def is_due(before: float, after: float, times: int) -> bool:

@@ -28,8 +28,10 @@ from policy import Policy, left_pad
 from runtime.beams import Beams, Choice, Draws
 from runtime.cache import Entry, KVCache, Pool, merge_rows
 from runtime.guard import Stopped
+from runtime.micro_batches import group_by_length
 from sampling import ENDS, STEP_END, Sample, SamplingParams, Usage
 
+CRITIC_TOKENS = 2**15  # tokens, padding included, that the critic reads in one forward pass
 KEPT = 2**17  # tokens whose keys and values are kept between calls
 DRAW_CHUNK = 2**24  # elements of [rows, V] alive at once while tokens are drawn: about 0.5 GB
 NOT_FINITE = "the policy's logits are not finite: its weights are destroyed, try a lower --learning-rate"
@@ -39,7 +41,11 @@ LENGTH, STEP, END = range(len(ENDS))  # indices of ENDS
 def read_values(policy: Policy, states: list[list[int]]) -> tuple[list[float], Usage]:
     """V(s) of the states. The policy reads every token of them."""
     began = time.perf_counter()
-    values = check_values(policy.values(states))
+    values = [0.0] * len(states)
+    for group in group_by_length([len(state) for state in states], CRITIC_TOKENS):
+        for i, value in zip(group, policy.values([states[i] for i in group]), strict=True):
+            values[i] = value
+    check_values(values)
     return values, Usage(valued=sum(map(len, states)), critic_seconds=time.perf_counter() - began)
 
 

@@ -1,4 +1,4 @@
-"""Searched trees as JSON: what each step says, what the search and the exact solver know of it, and the record of the
+"""Searched trees as JSON: what each step says, what the search and the task know of it, and the record of the
 simulations. With it `runtime/explorer.py` and the tests replay a search.
 
     N, Q of a node at simulation i     the backups of the simulations before its wave
@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 
 from config import SearchConfig
-from countdown import follow, solvable
 from distill import most_visited_path
 from mcts import Node, Tree
 from policy import Policy
-from runtime.data import SOLVER_NUMBERS
 from runtime.files import write
+from sampling import ask
 
 SETTINGS = ("selection", "c_puct", "unvisited", "virtual_loss", "answers")  # those that a replay needs
 
@@ -28,10 +27,9 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig, moment: str =
     best = set(chosen.path()) if chosen else {tree.root}
     ids = {node: i for i, node in enumerate(tree.nodes())}
 
-    def visit(node: Node, left: tuple[int, ...] | None) -> dict:
+    def visit(node: Node, steps: list[str]) -> dict:
         text = policy.decode(node.tokens).strip()
-        if left is not None and text and not node.ended:
-            left = follow(left, text)
+        steps = [*steps, text] if text and not node.ended else steps
         return {
             "id": ids[node],
             "text": text,
@@ -44,9 +42,9 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig, moment: str =
             "reward": node.reward.value if node.reward else None,
             "right": node.reward.correct if node.reward else None,
             "reason": node.reward.reason if node.reward else None,
-            "solvable": reach(node, left, tree.problem.target),
+            "solvable": reach(node, ask(policy.chat.task, "reachable", tree.problem, steps)),
             "best": node in best,
-            "children": [visit(child, left) for child in node.children],
+            "children": [visit(child, steps) for child in node.children],
         }
 
     return {
@@ -54,17 +52,15 @@ def tree_to_dict(tree: Tree, policy: Policy, config: SearchConfig, moment: str =
         "moment": moment,
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "simulations": [[before, ids[leaf]] for before, leaf in tree.simulations],
-        "root": visit(tree.root, tuple(sorted(tree.problem.numbers))),
+        "root": visit(tree.root, []),
     }
 
 
-def reach(node: Node, left: tuple[int, ...] | None, target: int) -> str:
-    """Whether the target is in reach: yes, no, or unknown. `left`: the numbers left, None after a broken step."""
+def reach(node: Node, in_reach: bool | None) -> str:
+    """Whether a right answer is in reach: yes, no, or unknown. `in_reach`: what the task says, None if unknown."""
     if node.reward:
-        return "yes" if node.reward.correct else "no"
-    if left is None or len(left) > SOLVER_NUMBERS:
-        return "unknown"
-    return "yes" if solvable(left, target) else "no"
+        in_reach = node.reward.correct
+    return {True: "yes", False: "no", None: "unknown"}[in_reach]
 
 
 def dump(trees: list[Tree], policy: Policy, config: SearchConfig, file: Path, moment: str = "") -> None:

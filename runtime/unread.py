@@ -17,6 +17,7 @@ def unread(config: object) -> dict[str, str]:
     torch_draws = samples_with_torch(s)
     learns_nothing = s["learning_rate"] == 0 and not s["value_learning_rate"]
     rules = (  # a condition, the settings that it leaves without effect, and why
+        (s["task"] != "countdown", "data size split", "--task brings its own problems"),
         (s["data"] and not evaluates, "size split train_problems", "--data brings its own problems"),
         (s["data"] and evaluates, "size skip problems", "--data brings its own problems"),
         (s["selection"] == "gumbel", "c_puct", "--selection gumbel has no exploration constant"),

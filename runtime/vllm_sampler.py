@@ -54,6 +54,8 @@ class VLLMSampler:
             raise ValueError("vLLM does not serve weights in few bits: pass --sampler torch")
         if not lora and any(".experts." in name for name, _ in policy.lm.named_parameters()):
             raise ValueError(NO_NEW_EXPERTS)
+        if borrowed(policy.base.config.architectures):
+            raise ValueError("vLLM runs this model through transformers' classes: pass --sampler torch")
         if why := refusal(lora, self.on_gpu and policy.base.dtype == torch.float32):
             raise ValueError(why)
         self.llm = vllm.LLM(
@@ -171,6 +173,15 @@ def refusal(lora_rank: int, on_gpu_in_fp32: bool) -> str:
     if lora_rank > LORA_RANKS[-1]:
         return f"vLLM's adapters end at rank {LORA_RANKS[-1]}: pass --sampler torch"
     return ""
+
+
+def borrowed(architectures: list[str] | None) -> bool:
+    """Whether vLLM has no code of its own for a model. It then takes the class of transformers, and changes that class
+    for the whole process: the trainer's model would break."""
+    from vllm import ModelRegistry
+
+    own = ModelRegistry.models.get((architectures or [""])[0])
+    return own is None or getattr(own, "module_name", "").endswith(".transformers")
 
 
 def read_alike(ours, theirs) -> bool:

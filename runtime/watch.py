@@ -9,10 +9,9 @@ Neither changes the run: their draws depend on the seed alone, and their tokens 
 from functools import partial
 
 from config import Config
-from countdown import Problem
 from mcts import Tree, plant, search
 from policy import Policy
-from sampling import Progress, Sampler, SamplingParams, complete, stream
+from sampling import Problem, Progress, Sampler, SamplingParams, complete, stream
 
 WATCHED = 8  # problems
 

@@ -123,3 +123,18 @@ def read_tensors(file: Path) -> dict:
 
 def unreadable(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file} can't be read as plain tensors ({type(error).__name__})")
+
+
+# ------------------------------------------------------------------------------------------------ between processes
+
+
+def trained_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """What training changes, by name, on the CPU: adapter or all weights, and the value head."""
+    return {name: p.detach().cpu() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_weights(policy: Policy, weights: dict[str, torch.Tensor]) -> None:
+    """Give a policy the `trained_weights` of one with the same settings."""
+    for name, weight in weights.items():
+        policy.get_parameter(name).copy_(weight)

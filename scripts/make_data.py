@@ -18,8 +18,8 @@ import runtime.threads
 
 import numpy as np
 
-from config import check, check_choices
-from countdown import PLAYS, RANGES, Problem, check_game, make_splits, solve
+from config import RANGES, check, check_choices, check_ranges
+from countdown import PLAYS, Problem, make_splits, solve
 from runtime import cli
 from runtime.data import multisets
 from runtime.files import check_writable
@@ -43,7 +43,7 @@ class DataConfig:
     def __post_init__(self):
         check(self, "at least", 0, "train validation test preview")
         check_choices(self, split=("multiset", "post"))
-        check_game(**{name: getattr(self, name) for name in RANGES})
+        check_ranges(**{name: getattr(self, name) for name in RANGES})
         check_writable(self.out, folder=True)
 
 

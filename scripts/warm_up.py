@@ -23,8 +23,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from config import check
-from countdown import check_game
+from config import check, check_ranges
 from experiments.pretrain import PretrainConfig, games
 from runtime import cli
 from runtime.files import check_new
@@ -48,7 +47,7 @@ class WarmUpConfig:
         check(self, "at least", 1, "steps batch")
         check(self, "at least", 0, "learning_rate on_target")
         check(self, "at most", 1, "on_target")
-        check_game(seed=self.seed)
+        check_ranges(seed=self.seed)
         pick_device(self.device)
         check_new(self.folder)
         check_new(self.part)

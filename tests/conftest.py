@@ -26,8 +26,8 @@ settings.load_profile("kit")  # a test that changes its fixtures must not use hy
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A folder with a random Qwen2 of 2 layers and the embedded tokenizer, as save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp("random-qwen2")
+    """A folder with a random network of 2 layers and the embedded tokenizer, as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("random-tiny")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     build_model(PretrainConfig(hidden=64, layers=2), len(tokenizer)).save_pretrained(folder)

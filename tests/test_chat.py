@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from config import TINY
 from countdown import RULES, Problem, verify
-from policy import turn_end
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from runtime.weights import save_policy
@@ -78,13 +77,13 @@ def test_rules_and_numbers_are_in_every_prompt(chat, template, expected, end):
     policy = load_policy(chat(template), train=False)
     assert policy.tokenizer.decode(policy.encode(PROBLEM)) == expected
     stop = policy.tokenizer.convert_tokens_to_ids(end) if end else None
-    assert turn_end(policy.tokenizer) == stop and (stop is None or stop in policy.stop_ids)
+    assert policy.chat.turn_end() == stop and (stop is None or stop in policy.stop_ids)
 
 
 @pytest.mark.parametrize("template, message", [
-    (LOOP + "{{ m.role }}{% endfor %}", "leaves out the rules or the numbers"),
-    (LOOP + "{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the rules or the numbers"),
-    (LOOP + "{{ m.content[:40] }}{% endfor %}", "leaves out the rules or the numbers"),
+    (LOOP + "{{ m.role }}{% endfor %}", "leaves out the rules or the problem"),
+    (LOOP + "{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the rules or the problem"),
+    (LOOP + "{{ m.content[:40] }}{% endfor %}", "leaves out the rules or the problem"),
     ("{{ raise_exception('only tools\nare served') }}", "only tools are served"),
     ("{{ messages[7].content }}", "has no attribute|has no element"),
 ])  # fmt: skip

@@ -19,14 +19,13 @@ from torch.testing import assert_close
 import baselines
 import ppo
 from config import Config
-from countdown import Reward, draw
 from runtime import cluster, provenance, run_folder
 from runtime.cli import parse
 from runtime.cluster import Cluster, Shard, ShardResult, collecting, connect, in_shards, merge_shards, split_step
 from runtime.run_folder import read_metrics
-from runtime.session import splits
+from runtime.tasks import load_task, splits
 from runtime.torch_sampler import TorchSampler
-from sampling import SamplingParams, Trajectory, Usage
+from sampling import Reward, SamplingParams, Trajectory, Usage, draw
 
 COLLECTORS = ppo.COLLECTORS | baselines.COLLECTORS
 
@@ -188,14 +187,14 @@ def inline(monkeypatch, tiny_config):
 
 def step(collector, config, number):
     """A step, and its row of metrics."""
-    row = collector(SimpleNamespace(version=number, trained_weights=dict), None, None, config, None)
+    row = collector(SimpleNamespace(version=number, named_parameters=dict().items), None, None, config, None)
     with (config.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": number + 1} | row[2]) + "\n")
     return row
 
 
 def drawn(config, steps):
-    data = splits(config)["train"]
+    data = splits(load_task(config.task), config)["train"]
     return Counter(
         problem for number in range(steps) for problem in draw(data, config.learning.problems, config.seed, number)[0]
     )

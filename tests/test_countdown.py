@@ -232,7 +232,6 @@ def test_games_of_other_sizes_are_disjoint_and_solvable(size, count):
         (lambda: make_problems(1, "validation", size=2, highest=2), "found only 0 distinct validation problems"),
         (lambda: make_problems(1, "tset"), "split must be one of"),
         (lambda: make_problems(1, "test", seed=-1), "seed must be from 0"),
-        (lambda: make_splits("random"), "split must be multiset or post"),
     ],
 )
 def test_impossible_requests_are_refused_instead_of_running_for_ever(call, message):

@@ -15,6 +15,7 @@ from runtime.loading import load_policy
 from runtime.micro_batches import MicroBatches
 from runtime.run_folder import read_metrics
 from runtime.torch_sampler import TorchSampler
+from runtime.weights import set_weights, trained_weights
 from sampling import SamplingParams, complete
 
 pytestmark = [
@@ -29,7 +30,7 @@ def pair(model, rank=0, **options):
     torch.manual_seed(0)
     here = load_policy(model, rank, "cpu", **options)
     there = load_policy(model, rank, "cuda", **options)
-    there.set_weights(here.trained_weights())
+    set_weights(there, trained_weights(here))
     return here, there
 
 
@@ -107,7 +108,7 @@ def test_the_memory_estimate_holds(tiny_config, method):
         **({"tree": TreeConfig(simulations=32, children=4)} if method == "mcts" else {"samples": 16}),
     )  # fmt: skip
     try:
-        plan = memory.plan(config, "cuda")
+        plan = memory.plan(config, "cuda", 16)
         ppo.train(config, EVERY[method])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

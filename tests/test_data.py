@@ -12,7 +12,7 @@ from test_evaluate import command
 
 import ppo
 from config import TINY, TaskConfig
-from countdown import Problem, make_splits, split_of
+from countdown import Countdown, Problem, make_splits, split_of
 from runtime import cli, data, evaluation, session
 from runtime.data import read_problems, read_splits, read_test
 from runtime.run_folder import read_metrics, read_settings
@@ -255,9 +255,7 @@ def test_problems_that_the_embedded_policy_does_not_know_are_told(tmp_path, prob
 def test_the_longest_prompts_are_among_the_measured(policy):
     """Prevents a prompt that does not fit into the context in the middle of a run."""
     problems = [Problem((1,) * k, 3) for k in range(1, 60)] + [Problem((99_999_999,) * 3, 99_999_999)] * 90
-    chosen = data.longest(problems)
-    assert max(len(policy.encode(p)) for p in chosen) == max(len(policy.encode(p)) for p in problems)
-    assert len(chosen) <= 64
+    assert policy.chat.longest(problems) == max(len(policy.encode(p)) for p in problems)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -368,9 +366,8 @@ def test_prompts_beyond_the_context_are_refused_before_any_work(tmp_path, tiny_c
 
 
 def evaluated(config_args, capsys):
-    return evaluation.choose_problems(
-        evaluation.parse([*map(str, config_args), "--max-tokens", "8"])
-    ), capsys.readouterr().out
+    config = evaluation.parse([*map(str, config_args), "--max-tokens", "8"])
+    return evaluation.choose_problems(config, Countdown(config.size)), capsys.readouterr().out
 
 
 def test_a_run_is_evaluated_on_its_own_test(trained, folder, capsys):

@@ -85,7 +85,7 @@ def test_the_samples_of_a_problem_depend_on_seed_and_place_alone(policy, writer,
     problems = [Problem((2, 3), 5)] * 20
     first, second = [], []
     for chunk, results in ((64, first), (7, second)):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(scores, "CHUNK", chunk)
         results.append(score_policy(policy, sampler, problems, samples=4))
     assert first == second and first[0].mean_low < first[0].mean_at_k < first[0].mean_high
     assert score_policy(policy, sampler, problems, samples=4, seed=1) != first[0]
@@ -97,7 +97,7 @@ def test_so_do_its_searches(policy, writer, monkeypatch, method, budget):
     sampler = writer(("<answer> 2 + 3 </answer>", 0.5), ("", 0.5))
     config, found = SearchConfig(simulations=2, children=1, token_budget=budget, max_tokens=64), []
     for chunk in (64, 7):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(scores, "CHUNK", chunk)
         found.append(score_search(policy, sampler, [Problem((2, 3), 5)] * 40, method, config).right)
     assert found[0] == found[1] and 0 < sum(found[0]) < 40
 
@@ -141,7 +141,7 @@ def test_best_of_n_spends_its_budget_until_it_is_right(policy, writer, problems,
 @pytest.mark.parametrize("method", ["mcts", "best-of-n"])
 def test_search_finds_the_answer_that_sampling_often_misses(policy, writer, problems, method, monkeypatch):
     """Prevents a search whose best answer is lost, or charged to another problem."""
-    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(scores, "CHUNK", 1)
     sampler = writer(("<answer> 2 + 3 </answer>", 0.3), ("<answer> 3 </answer>", 0.7))
     config = SearchConfig(simulations=200, children=8, token_budget=100, max_tokens=64)
     score = score_search(policy, sampler, problems[:2], method, config)
@@ -186,7 +186,7 @@ def test_a_tree_without_an_answer_counts_as_no_answer(policy, fake_sampler, prob
 
 def test_a_search_keeps_nothing_of_the_one_before_it(policy, problems, monkeypatch):
     """Prevents a cache full of finished trees, in which nothing of the running ones finds room."""
-    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(scores, "CHUNK", 1)
     config = SearchConfig(simulations=12, children=2, step_tokens=4, max_tokens=16)
     used = []
     for problem in problems[:3]:
@@ -203,7 +203,7 @@ def test_a_search_keeps_nothing_of_the_one_before_it(policy, problems, monkeypat
 
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--max-tokens", "8"])
-    module.main()
+    evaluation.run(evaluation.parse(sys.argv[1:]), module.score_policy, module.score_search)
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,12 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
     (tmp_path / "policy").symlink_to(checkpoint)
     asked = []
     monkeypatch.setattr(
-        evaluation, "make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)] * 3
+        "countdown.make_problems", lambda *args, **game: asked.append((args, game)) or [Problem((1, 2), 3)] * 3
     )
     command(monkeypatch, tmp_path, "--problems", 5)
     command(monkeypatch, tmp_path, "--problems", 5, "--skip", 2)
-    assert asked == [((5, "test"), {"size": 4}), ((7, "test"), {"size": 4})]
+    tested = [call for call in asked if call[0][1] == "test"]
+    assert tested == [((5, "test"), {"size": 4}), ((7, "test"), {"size": 4})]
     assert capsys.readouterr().out.count("mean@16") == 2
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text('{"task": {"max_tokens": 512}}', encoding="utf-8")
@@ -272,7 +273,7 @@ def test_a_run_folder_is_evaluated_by_its_policy_on_the_test_split(checkpoint, t
 def test_what_is_measured_is_what_was_asked_for(checkpoint, monkeypatch):
     """Prevents a seed, a temperature or a choice of problems that is read and not used."""
     asked, score = [], Score.of([[WRONG]], Usage())
-    monkeypatch.setattr(evaluation, "make_problems", lambda n, *_, **__: [Problem((1, 2), i + 1) for i in range(n)])
+    monkeypatch.setattr("countdown.make_problems", lambda n, *_, **__: [Problem((1, 2), i + 1) for i in range(n)])
     for name in ("score_policy", "score_search"):
         monkeypatch.setattr(
             module, name, lambda policy, sampler, *args, progress: asked.append((*args, progress)) or score
@@ -293,7 +294,7 @@ def test_a_result_outlives_its_reader(checkpoint, tmp_path, monkeypatch):
     def gone(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(module, "show", gone)
+    monkeypatch.setattr(evaluation, "show", gone)
     with pytest.raises(BrokenPipeError):
         command(monkeypatch, checkpoint, "--problems", 2, "--samples", 1, "--out", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))

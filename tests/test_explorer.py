@@ -68,6 +68,7 @@ def test_the_record_holds_the_tree(policy):
         {"workers": 1},
         {"workers": 4},
         {"workers": 6, "virtual_loss": "visit", "unvisited": "zero"},
+        {"workers": 4, "answers": "all"},
         {"workers": 3, "selection": "uct"},
         {"workers": 4, "selection": "gumbel"},
     ],
@@ -135,11 +136,16 @@ def opened(page, script, tmp_path):
 
 @chromium
 def test_the_page_answers_a_reader(policy, tmp_path):
-    """Prevents a page with a broken script, keys and sliders that do nothing, a replay that ends in another tree."""
+    """Prevents a page with a broken script, keys and sliders that do nothing, a replay that ends in another tree, and
+    scores by which the search would have gone elsewhere."""
     tree, config = searched(policy)
     other, _ = searched(policy, seed=1)
     made = [trees.tree_to_dict(t, policy, config, f"step {i}") for i, t in enumerate((tree, other))]
-    page = explorer.page([*made, made[0] | {"problem": "2 3 → 6", "moment": ""}])
+    variants = {"virtual_loss": "visit", "unvisited": "zero"}, {"answers": "all"}, {"selection": "uct"}
+    for changes in variants:
+        variant, settings = searched(policy, **changes)
+        made.append(trees.tree_to_dict(variant, policy, settings) | {"problem": "2 3 → 6"})
+    page = explorer.page(made)
     seen = opened(
         page,
         """
@@ -161,7 +167,14 @@ def test_the_page_answers_a_reader(policy, tmp_path):
         change("frame", frames - 1, "input");
         seen.end = [nodes(), text("play"), state.map((node) => [node.visits, node.q])];
         change("moment", 1, "input"); seen.moment = [text("moment-name"), nodes()];
-        change("problem", 1, "change"); seen.problem = [view.tree.problem, document.getElementById("moments").hidden];
+        change("problem", 1, "change"); seen.problem = [view.tree.problem, document.getElementById("moment").max];
+        const wrong = (tree, i) => { // selections of another child than the one with the highest score
+            const { phase, leaf } = tree.frames[i], parents = phase === "selection" ? leaf.path.slice(0, -1) : [];
+            const scores = parents.map((parent) => compare(tree, replay(tree, i), parent));
+            const highest = (rows) => rows.find((row) => rows.every((other) => row.score >= other.score)).child;
+            return scores.filter((rows, depth) => highest(rows) !== leaf.path[depth + 1]);
+        };
+        seen.wrong = trees.map((tree) => tree.frames.flatMap((_, i) => wrong(tree, i)).length);
         return seen;
         """,
         tmp_path,
@@ -174,7 +187,8 @@ def test_the_page_answers_a_reader(policy, tmp_path):
     assert seen["playing"] == "pause" and seen["end"][:2] == [len(tree.nodes()), "play"]
     expected = [(node.visits, node.q if node.visits else 0) for node in tree.nodes()]
     assert [tuple(numbers) for numbers in seen["end"][2]] == expected
-    assert seen["moment"] == ["step 1", len(other.nodes())] and seen["problem"] == ["2 3 → 6", True]
+    assert seen["moment"] == ["step 1", len(other.nodes())] and seen["problem"] == ["2 3 → 6", "2"]
+    assert seen["wrong"] == [0] * 5
 
 
 @chromium

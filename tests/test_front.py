@@ -11,7 +11,7 @@ from experiments import front
 from runtime.loading import load_policy
 
 ROOT = Path(__file__).parents[1]
-ANSWERS = front.before_and_after(ROOT / "results/make-run")
+ANSWERS = front.before_and_after(ROOT / "results/make-run/mcts-tiny-seed0")
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,12 @@ def test_the_algorithm_imports_no_folder_and_no_door(name):
     assert not imports(MODULES[name]) & (FOLDERS | DOORS)
 
 
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"countdown", "play"}))
+def test_the_algorithm_knows_no_countdown(name):
+    """Prevents a search, a lesson or a loss that another task can't use: they know `sampling.Task` alone."""
+    assert "countdown" not in imports(MODULES[name])
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "runtime").glob("*.py")), ids=lambda file: file.stem)
 def test_the_machine_room_imports_no_door(file):
     """Prevents a circle between the training loop and what serves it."""

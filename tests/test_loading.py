@@ -132,7 +132,7 @@ def test_a_run_folder_stands_for_its_final_policy(tmp_path, checkpoint, monkeypa
     assert load_policy("run").lora == bool(rank)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "made-up"])
+@pytest.mark.parametrize("model_type", ["seed_oss", "made-up"])
 def test_code_that_comes_with_a_model_never_runs(tmp_path, checkpoint, model_type, no_network):
     """Prevents a model folder that runs its own Python: the class of transformers is taken, or the folder refused."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
@@ -140,8 +140,8 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path, checkpoint, model_typ
     edit(folder / "config.json", model_type=model_type, auto_map=names)
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n", encoding="utf-8")
-    if model_type == "qwen2":
-        assert type(load_policy(folder).lm).__name__ == "Qwen2ForCausalLM"
+    if model_type == "seed_oss":
+        assert type(load_policy(folder).lm).__name__ == "SeedOssForCausalLM"
     else:
         assert "contains custom code" in refused(folder)
     assert not (tmp_path / "ran").exists()

@@ -14,8 +14,9 @@ from config import PRESETS, preset_for
 from countdown import make_problems
 from ppo import make_optimizer
 from runtime import memory
-from runtime.loading import load_policy
+from runtime.loading import load_policy, read_chat
 from runtime.memory import CONTEXT_GB, GB, Costs, fit, plan, read_sizes
+from runtime.session import Session
 from runtime.torch_sampler import KEPT
 from runtime.vllm_sampler import MAX_SEQUENCES
 from runtime.weights import save_policy
@@ -38,14 +39,13 @@ def sizes(qwen):
 @pytest.fixture(scope="module")
 def quick(qwen, sizes):
     """`plan` for Qwen2.5-1.5B on a CPU that stands for a GPU, its config.json read once; vLLM counts as installed."""
-    longest = memory.longest_prompt(qwen, qwen, 4)
+    longest = read_chat(qwen, qwen).longest(make_problems(100, "train"))
 
     def run(config):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "read_sizes", lambda *_: sizes)
-            patch.setattr(memory, "longest_prompt", lambda *_: longest)
             patch.setattr("runtime.samplers.find_spec", lambda name: True)
-            return plan(config.change(model=qwen), "cpu")
+            return plan(config.change(model=qwen), "cpu", longest)
 
     return run
 
@@ -275,16 +275,16 @@ def test_a_cpu_without_a_budget_is_not_estimated(few, monkeypatch):
     """Prevents a slower start, numbers about a GPU that isn't there, and a look at the hub."""
     monkeypatch.setattr(memory, "read_sizes", None)
     config = QWEN.change(model=few)
-    found = plan(config, "cpu")
+    found = plan(config, "cpu", 100)
     assert (found.micro_tokens, found.rows, found.cache_gb, str(found)) == (4096, 1024, 1.0, "")
-    assert found.context == memory.longest_prompt(few, few, 4) + 512
+    assert found.context == 100 + memory.MARGIN + 512
 
 
 def test_nothing_loads_weights(few, monkeypatch):
     """Prevents minutes of loading before a refusal."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     before = torch.get_rng_state()
-    text = str(plan(QWEN.change(model=few, gpu_memory=8.0, sampler="torch"), "cpu"))
+    text = str(plan(QWEN.change(model=few, gpu_memory=8.0, sampler="torch"), "cpu", 100))
     assert torch.equal(before, torch.get_rng_state())
     first, *parts = text.splitlines()
     assert first.endswith("of 8.00 GB:") and len(parts) == 4 and len({line.index(".") for line in parts}) == 1
@@ -294,11 +294,10 @@ def test_nothing_loads_weights(few, monkeypatch):
 def test_no_prompt_is_longer_than_the_context(few, checkpoint):
     """Prevents a vLLM that refuses a prompt in the middle of a run, for each tokenizer of the kit."""
     for folder in (few, str(checkpoint)):
-        policy = load_policy(checkpoint)
-        policy.tokenizer = memory.read_tokenizer(folder, folder)
+        chat = read_chat(folder, folder)
         for size in (3, 4):
-            longest = max(len(policy.encode(problem)) for problem in make_problems(100, "train", size=size))
-            assert longest <= memory.longest_prompt(folder, folder, size) - memory.MARGIN <= longest + 4
+            problems = make_problems(1_000, "train", size=size)
+            assert max(len(chat.encode(problem)) for problem in problems) == chat.longest(problems)
 
 
 def test_an_adapter_keeps_its_own_rank(checkpoint, tmp_path):
@@ -306,7 +305,7 @@ def test_an_adapter_keeps_its_own_rank(checkpoint, tmp_path):
     save_policy(load_policy(checkpoint, lora_rank=3), tmp_path)
     config = QWEN.change(model=str(tmp_path), gpu_memory=4.0, sampler="torch", max_tokens=64)
     sizes = read_sizes(checkpoint, checkpoint)
-    assert plan(config, "cpu").estimate["trainable ones"] * GB == pytest.approx(
+    assert plan(config, "cpu", 100).estimate["trainable ones"] * GB == pytest.approx(
         16 * (sizes.value_head + 3 * sizes.adapter)
     )
 
@@ -320,7 +319,7 @@ def test_pytorch_is_held_to_the_budget(sampler, asked, free, budget, few, monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", capped.append)
     monkeypatch.setattr("runtime.samplers.find_spec", lambda name: True)
-    found = plan(QWEN.change(model=few, gpu_memory=float(asked), sampler=sampler), "cuda")
+    found = plan(QWEN.change(model=few, gpu_memory=float(asked), sampler=sampler), "cuda", 100)
     assert found.budget == budget and (found.cache_gb > 0) == (sampler == "vllm")
     asleep = found.estimate["frozen weights"] + found.cache_gb if sampler == "vllm" else 0
     assert capped == ([pytest.approx((budget - CONTEXT_GB + asleep) / 32)] if asked else [])
@@ -332,10 +331,10 @@ def test_a_small_card_samples_with_torch_where_the_choice_is_open(sampler, free,
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
     monkeypatch.setattr("runtime.samplers.find_spec", lambda name: True)
     if engine:
-        assert plan(QWEN.change(model=few, sampler=sampler), "cuda").engine == engine
+        assert plan(QWEN.change(model=few, sampler=sampler), "cuda", 100).engine == engine
     else:
         with pytest.raises(ValueError, match="--sampler torch would make it fit"):
-            plan(QWEN.change(model=few, sampler=sampler), "cuda")
+            plan(QWEN.change(model=few, sampler=sampler), "cuda", 100)
 
 
 def test_unusable_models_are_one_line(few, tmp_path):
@@ -345,5 +344,5 @@ def test_unusable_models_are_one_line(few, tmp_path):
         shutil.copytree(few, folder)
         (folder / file).write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match="can't load") as error:
-            plan(QWEN.change(model=str(folder), gpu_memory=8.0), "cpu")
+            Session(QWEN.change(model=str(folder), gpu_memory=8.0), make_optimizer)
         assert "\n" not in str(error.value)

@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import policy as module
-from policy import Policy, ValueHead, chunked_logprobs, group_by_length, left_pad
+from policy import Policy, ValueHead, chunked_logprobs, left_pad
 from runtime.loading import load_policy
-from runtime.torch_sampler import TorchSampler
+from runtime.micro_batches import group_by_length
+from runtime.torch_sampler import TorchSampler, read_values
 from runtime.weights import load_weights, save_policy
 from sampling import SamplingParams
 
@@ -216,9 +217,9 @@ def test_the_critic_reads_in_chunks_and_answers_in_order(moved, monkeypatch, tok
     alone = [moved.values([state])[0] for state in states]
     seen, plain = [], moved.hidden
     monkeypatch.setattr(moved, "hidden", lambda ids, *rest, **kw: seen.append(ids.shape) or plain(ids, *rest, **kw))
-    monkeypatch.setattr(module, "CRITIC_TOKENS", tokens)
-    assert_close(moved.values(states), alone, atol=1e-5, rtol=0)
-    assert len({round(value, 4) for value in alone}) == 6 and moved.values([]) == []
+    monkeypatch.setattr("runtime.torch_sampler.CRITIC_TOKENS", tokens)
+    assert_close(read_values(moved, states)[0], alone, atol=1e-5, rtol=0)
+    assert len({round(value, 4) for value in alone}) == 6 and read_values(moved, [])[0] == []
     assert len(seen) == shapes and all(len(shape) == 2 and (shape[0] == 1 or shape.numel() <= tokens) for shape in seen)
 
 
@@ -289,7 +290,7 @@ def test_prompt_ends_where_the_assistant_speaks_and_its_text_is_graded_alone(pol
 def test_all_stop_tokens_count(policy, stops, expected):
     """Prevents completions of Qwen's instruct models, which have two stop tokens, from running on."""
     policy.lm.generation_config.eos_token_id = stops
-    assert Policy(policy.lm, policy.tokenizer, lora=False, train=False).stop_ids == expected
+    assert Policy(policy.lm, policy.chat, lora=False, train=False).stop_ids == expected
 
 
 # ------------------------------------------------------------------------------------------------ files

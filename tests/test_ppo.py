@@ -209,7 +209,7 @@ def test_an_exact_reward_pays_nothing_for_a_near_miss(moved, problems, tiny_conf
     def near(text, problem):
         return Reward(0.5, False, True, "near") if len(text) % 2 else Reward(1.0, True, True, "right")
 
-    monkeypatch.setattr("policy.verify", near)
+    monkeypatch.setattr("countdown.verify", near)
     for name, values in {"dense": {0.5, 1.0}, "exact": {-1.0, 1.0}}.items():
         config = tiny_config(method, reward=name, **({"lesson": "answers"} if method == "mcts" else {}))
         found, _, _ = COLLECTORS[method](moved, TorchSampler(moved), problems * 8, config, np.random.default_rng(0))
@@ -249,23 +249,21 @@ def test_rates_warm_up_by_steps_and_decay_by_the_budget(step, spent, share):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share, 0.01 * share])
 
 
-def test_evaluations_sample_as_the_run_asks(tiny_config):
+def test_evaluations_sample_as_the_run_asks(tiny_config, monkeypatch):
     """Prevents scores at another temperature or length than config.json says."""
     seen = []
-    found = session.Session(
-        tiny_config(eval_temperature=0.2, seed=3), make_optimizer, lambda *args, **_: seen.append(args[2:])
-    )
+    monkeypatch.setattr(session, "score_policy", lambda *args, **_: seen.append(args[2:]))
+    found = session.Session(tiny_config(eval_temperature=0.2, seed=3), make_optimizer)
     found.score("validation", 5)
     assert seen == [(found.problems["validation"], 5, 0.2, 8, 3)]
 
 
-def test_the_best_policy_is_kept_and_no_later_one(tiny_config):
+def test_the_best_policy_is_kept_and_no_later_one(tiny_config, monkeypatch):
     """Prevents a best/ that holds the last policy."""
     scores, kept = iter([0.2, 0.1, 0.2, 0.3]), []
     rest = dict(pass_at_k=0.0, reward=0.0, parsed=0.0, samples=1)
-    found = session.Session(
-        tiny_config(), make_optimizer, lambda *_, **__: SimpleNamespace(mean_at_k=next(scores), **rest)
-    )
+    monkeypatch.setattr(session, "score_policy", lambda *_, **__: SimpleNamespace(mean_at_k=next(scores), **rest))
+    found = session.Session(tiny_config(), make_optimizer)
     found.run = SimpleNamespace(publish=lambda name, save: kept.append((name, found.progress.best)))
     assert [found.validate()["eval_mean"] for _ in range(4)] == [0.2, 0.1, 0.2, 0.3]
     assert kept == [("best", 0.2), ("best", 0.3)]

@@ -5,7 +5,9 @@ test-vllm` runs vLLM's half.
 """
 
 import gc
+import json
 import math
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,7 +282,7 @@ def test_old_adapters_are_thrown_away(engine):
 # ------------------------------------------------------------------------------------------------ engines
 
 
-def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
+def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen, misread):
     """Prevents vLLM as a surprise on a CPU, an engine that starts and then refuses its weights, and a traceback where
     vLLM is not installed."""
 
@@ -294,12 +296,14 @@ def test_the_engine_is_picked_and_vllm_must_be_there(monkeypatch, qwen):
     with pytest.raises(ValueError, match="^vLLM is not installed: pass --sampler torch.*$"):
         picked("vllm", "cpu")
     monkeypatch.setattr(samplers, "find_spec", lambda name: name)
+    monkeypatch.setattr(samplers, "borrowed", lambda architectures: architectures == ["SeedOssForCausalLM"])
     assert picked("auto", "cuda:0") == picked("vllm", "cpu") == "vllm"
     assert picked("auto", "cuda", dtype="float32", lora_rank=0) == "vllm"
     assert picked("auto", "cpu") == picked("auto", "cuda", quantize="nf4") == "torch"
     assert picked("auto", "cuda", distinct=True) == "torch"
     assert picked("auto", "cuda", dtype="float32") == picked("auto", "cuda", lora_rank=513) == "torch"
-    assert picked("auto", "cuda", model=str(TINY), lora_rank=0) == "torch"  # its tokenizer is read in another way
+    assert picked("auto", "cuda", model=str(misread), lora_rank=0) == "torch"  # its tokenizer is read in another way
+    assert picked("auto", "cuda", model=str(TINY), dtype="float32", lora_rank=0) == "torch"
     with pytest.raises(ValueError, match="does not serve NF4"):
         picked("vllm", "cuda", quantize="nf4")
 
@@ -332,11 +336,27 @@ def test_search_and_updates_run_on_each_engine(engine, qwen, tiny_config, swept)
     assert any((x - y).abs().max() > 1e-3 for x, y in pairs)
 
 
+@pytest.fixture
+def misread(tmp_path):
+    """The embedded policy as a Qwen2: the same network, but AutoTokenizer takes its word pieces for bytes."""
+    folder = shutil.copytree(TINY, tmp_path / "misread")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings | name), encoding="utf-8")
+    return folder
+
+
 @needs_vllm
-def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(swept):
-    """Prevents steps that never end. vLLM looks for </step> in the text of its AutoTokenizer, which takes the embedded
-    model's word pieces for bytes."""
+def test_a_tokenizer_that_vllm_reads_in_another_way_is_refused(misread, swept):
+    """Prevents steps that never end. vLLM looks for </step> in the text of its AutoTokenizer."""
     with pytest.raises(ValueError, match="^vLLM reads this model's tokenizer in another way: pass --sampler torch$"):
+        VLLMSampler(load_policy(misread), 256, 0.1)
+
+
+@needs_vllm
+def test_a_class_that_vllm_borrows_of_transformers_is_refused(swept):
+    """Prevents a trainer whose model breaks in the first update: vLLM changes the class of transformers."""
+    with pytest.raises(ValueError, match="^vLLM runs this model through transformers' classes: pass --sampler torch$"):
         VLLMSampler(load_policy(TINY), 256, 0.1)
 
 
