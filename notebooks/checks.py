@@ -1,6 +1,7 @@
 """The checks of exercises.ipynb: each says in words what is wrong with a student's function, or "Right"."""
 
 import math
+from functools import wraps
 from itertools import combinations
 
 import numpy as np
@@ -24,6 +25,20 @@ def attempt(function, *arguments) -> tuple[object, str]:
     return result, NOT_YET if result is None else ""
 
 
+def in_words(check):
+    """A check that has words, too, for a result of another kind: a number where a list is asked for."""
+
+    @wraps(check)
+    def told(function) -> str:
+        try:
+            return check(function)
+        except Exception as error:
+            return f"The result is not of the kind that the exercise asks for: {error}"
+
+    return told
+
+
+@in_words
 def puct(function) -> str:
     """function(q, prior, visits, parent_visits, c) -> scores [K]"""
     rng = np.random.default_rng(0)
@@ -52,7 +67,13 @@ class PlainNode:
     def __init__(self, parent=None):
         self.parent, self.visits, self.total = parent, 0, 0.0
 
+    def __setattr__(self, name, value):
+        if name == "visits" and value > 100:
+            raise RuntimeError("the loop does not end; go on to the parent")
+        super().__setattr__(name, value)
 
+
+@in_words
 def backup(function) -> str:
     """function(leaf, value): changes `visits` and `total` of the nodes from the leaf to the root."""
     root = PlainNode()
@@ -74,6 +95,7 @@ def backup(function) -> str:
     return RIGHT
 
 
+@in_words
 def best_path(function) -> str:
     """function(tree) -> the texts of the most visited path. A tree is a dict with `text`, `visits`, `q`, `children`."""
 
@@ -98,6 +120,7 @@ def best_path(function) -> str:
     return RIGHT
 
 
+@in_words
 def verifier(function) -> str:
     """function(text, numbers, target) -> whether the expression reaches the target."""
     numbers, target = (3, 5, 7, 9), 44
@@ -122,12 +145,15 @@ def verifier(function) -> str:
     return RIGHT
 
 
+@in_words
 def advantages(function) -> str:
     """function(rewards) -> (R - mean) / (std + 1e-4) of a group, [n]"""
     for rewards in ([1.0, -1.0, -1.0, -1.0], [0.5, 0.7, -0.9]):
         found, why = attempt(function, rewards)
         if why:
             return why
+        if np.shape(found) != (len(rewards),):
+            return f"The result has the shape {np.shape(found)}: an advantage for each of the rewards is wanted."
         wanted = group_advantages(rewards)
         if np.allclose(found, wanted):
             continue
@@ -142,6 +168,7 @@ def advantages(function) -> str:
     return RIGHT
 
 
+@in_words
 def cispo_loss(function) -> str:
     """function(logprobs, old, advantage, clip) -> loss [B, T]"""
     torch.manual_seed(0)
@@ -150,6 +177,10 @@ def cispo_loss(function) -> str:
     loss, why = attempt(function, now, old, advantage, 2.0)
     if why:
         return why
+    if np.shape(loss) != (2, 3):
+        return f"The result has the shape {tuple(np.shape(loss))}: a loss for each token is wanted, (2, 3)."
+    if not loss.requires_grad:
+        return "The loss has no gradient: detach the ratio alone."
     wanted = ppo.cispo_loss(now, old, advantage, 2.0)
     if not torch.allclose(loss, wanted):
         if torch.allclose(loss, -wanted):
@@ -163,6 +194,7 @@ def cispo_loss(function) -> str:
     return RIGHT
 
 
+@in_words
 def workers(function) -> str:
     """function(q, visits, count) -> which child each of `count` workers selects; a pending visit is a loss."""
     q, visits = np.array([-0.40, -0.45, -0.50]), np.array([4, 4, 4])
@@ -183,6 +215,7 @@ def workers(function) -> str:
     return RIGHT
 
 
+@in_words
 def pass_at_k(function) -> str:
     """function(n, right, k) -> the chance that at least one of k samples, drawn of n without replacement, is right."""
     for n, right, k in ((4, 1, 1), (4, 1, 2), (6, 2, 3), (5, 0, 5), (5, 5, 1), (6, 4, 3)):

@@ -62,6 +62,9 @@ MISTAKES = {
             node, sign = leaf, 1
             while node:
                 node.visits += 1; node.total += sign * value; node, sign = node.parent, -sign""",
+        "the loop does not end": """
+            while leaf:
+                leaf.visits += 1; leaf.total += value""",
     },
     "best_path": {
         "highest Q": """
@@ -75,6 +78,7 @@ MISTAKES = {
                 node = max(node["children"], key=lambda child: child["visits"]); texts.append(node["text"])
             return texts""",
         "Leave out the root": 'return ["", "a", "d", "e"]',
+        "not of the kind": "return 3",
     },
     "verifier": {
         "a text that is a program": """
@@ -96,6 +100,7 @@ MISTAKES = {
     "advantages": {
         "standard deviation": "return np.array(rewards) - np.mean(rewards)",
         "n - 1": "return (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) + 1e-4)",
+        "an advantage for each": "return np.std(rewards)",
         "equal rewards": """
             values = np.array(rewards)
             return (values - values.mean()) / (values.std(ddof=1) + 1e-4) + (values.std() == 0)""",
@@ -103,9 +108,12 @@ MISTAKES = {
     "cispo_loss": {
         "sign": "return (logprobs - old).exp().clamp(max=clip).detach() * advantage * logprobs",
         "capped": "return -(logprobs - old).exp().detach() * advantage * logprobs",
+        "a loss for each token": "return -((logprobs - old).exp().detach() * advantage * logprobs).mean()",
+        "detach the ratio alone": "return -((logprobs - old).exp().clamp(max=clip) * advantage * logprobs).detach()",
         "detach": "return -(logprobs - old).exp().clamp(max=clip) * advantage * logprobs",
     },
     "workers": {
+        "not of the kind": "return 0",
         "leave a mark": "return [int(np.argmax(q))] * count",
         "crowd at one child": """
             total, pending, chosen = q * visits, np.zeros(len(q)), []

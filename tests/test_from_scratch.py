@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import nbformat
@@ -101,3 +102,16 @@ def test_the_notebooks_search_is_that_of_mcts(seed, scratch):
         chosen, best = most_visited_path(tree, config), scratch["choose"](root)
         assert (chosen and chosen.completion()) == (best and best.completion())
     assert compared > 50 and any(tree.merged for tree in trees)
+
+
+def test_the_text_claims_what_the_committed_run_shows():
+    """Prevents a text that promises more than the outputs beside it: the counts before and after training are those of
+    the run, and at least three times as many answers are right."""
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.get("text", "") for output in outputs)
+    shares = re.search(r"before: ([0-9.]+)%.*step 60: ([0-9.]+)%", printed, re.S).groups()
+    counts = re.search(r"from ([0-9]+) to ([0-9]+) of 400", text).groups()
+    assert [float(share) * 4 for share in shares] == [int(count) for count in counts]
+    assert int(counts[1]) >= 3 * int(counts[0]) > 0

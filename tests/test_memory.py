@@ -319,6 +319,7 @@ def test_pytorch_is_held_to_the_budget(sampler, asked, free, budget, few, monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", capped.append)
     monkeypatch.setattr("runtime.samplers.find_spec", lambda name: True)
+    monkeypatch.setattr("runtime.samplers.borrowed", lambda architectures: False)
     found = plan(QWEN.change(model=few, gpu_memory=float(asked), sampler=sampler), "cuda", 100)
     assert found.budget == budget and (found.cache_gb > 0) == (sampler == "vllm")
     asleep = found.estimate["frozen weights"] + found.cache_gb if sampler == "vllm" else 0
@@ -330,6 +331,7 @@ def test_a_small_card_samples_with_torch_where_the_choice_is_open(sampler, free,
     """Prevents a first run on 8 or 12 GB that is refused because vLLM is installed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 32 * GB))
     monkeypatch.setattr("runtime.samplers.find_spec", lambda name: True)
+    monkeypatch.setattr("runtime.samplers.borrowed", lambda architectures: False)
     if engine:
         assert plan(QWEN.change(model=few, sampler=sampler), "cuda", 100).engine == engine
     else:

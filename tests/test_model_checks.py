@@ -119,7 +119,7 @@ def test_a_layer_before_the_head_is_found(checkpoint, before_head, options):
         return CausalLMOutput(logits=lm.lm_head(before_head(hidden)))
 
     lm.forward = forward
-    with pytest.raises(ValueError, match="m: the logits of qwen2 are more than"):
+    with pytest.raises(ValueError, match="m: the logits of seed_oss are more than"):
         model_checks.check_policy(policy, "m")
 
 

@@ -80,7 +80,9 @@ def test_a_saved_policy_loads_in_the_usual_way(rank, tmp_path):
 def run_code(card):
     """Run a card's lines of use; they print an answer."""
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0 and "<step>" in done.stdout, done.stderr
 
 
