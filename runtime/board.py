@@ -7,6 +7,8 @@ python ppo.py --track trackio          # or wandb: packages that the user instal
 from importlib import import_module
 from pathlib import Path
 
+from sampling import STEP_END
+
 PROJECT = "tree-search-distillation"  # the name that a tracker shows
 GROUPS = {  # of scalars; eval_…, test_… and tree_… are groups too, and the rest are facts of the lessons
     "learning": "policy_loss value_loss kl entropy ratio gradient_norm value_gradient_norm disagreement_mean "
@@ -62,10 +64,13 @@ class Board:
             self.tracker.log(scalars, step=row["step"])
 
     def show(self, samples: list[dict]) -> None:
-        """Answers to the watched problems, as text. Indented, Markdown shows it as it is."""
+        """Answers to the watched problems, as text, a line a step. Indented lines are shown by Markdown as they are."""
         for i, sample in enumerate(samples):
-            verdict = f"**{sample['problem']}**: {sample['reason']}"
-            self.writer.add_text(f"samples/{i}", f"{verdict}\n\n    {' '.join(sample['text'].split())}", sample["step"])
+            lines = sample["text"].replace(STEP_END, f"{STEP_END}\n").splitlines()
+            text = "".join(f"    {line.strip()}\n" for line in lines)
+            self.writer.add_text(
+                f"samples/{i}", f"**{sample['problem']}**: {sample['reason']}\n\n{text}", sample["step"]
+            )
 
     def close(self) -> None:
         self.writer.close()

@@ -108,14 +108,14 @@ def test_tensorboard_has_groups_samples_and_settings(tmp_path):
     """Prevents a page of 40 unsorted curves, and runs that can't be told apart."""
     shown = board.Board(tmp_path, {"seed": 3, "out": None, "method": "mcts"})
     shown.log({"step": 1, "eval_mean": 0.5, "kl": 0.1, "tree_nodes": 7, "reward": 1.0, "seconds": 2, "stopped": "no"})
-    sample = {"problem": "2 3 → 5", "text": "<b> 2 + 3\n</b>", "reason": "correct", "step": 1}
+    sample = {"problem": "2 3 → 5", "text": "<step> 2 + 3 </step> <b>\n</b>", "reason": "correct", "step": 1}
     shown.show([sample])
     shown.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     names = {"eval/mean", "learning/kl", "tree/nodes", "lessons/reward", "cost/seconds"}
     assert set(events.Tags()["scalars"]) == names
     (text,) = events.Tensors("samples/0/text_summary")
-    assert text.tensor_proto.string_val[0].decode().endswith("\n\n    <b> 2 + 3 </b>")
+    assert text.tensor_proto.string_val[0].decode().endswith("\n\n    <step> 2 + 3 </step>\n    <b>\n    </b>\n")
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
