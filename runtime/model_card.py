@@ -28,11 +28,11 @@ A policy for {task}, trained by {method} ([tree search distillation](https://git
 
 ## Use
 
-```python
+{note}```python
 from transformers import pipeline
 
-policy = pipeline("text-generation", model="{folder}")  # or its name on the hub
-messages = {messages}
+policy = pipeline("text-generation", model={folder!r})  # or its name on the hub
+messages = {messages!r}
 answer = policy(messages, max_new_tokens={max_tokens}, temperature={temperature}, do_sample=True)
 print(answer[0]["generated_text"][-1]["content"])
 ```
@@ -49,6 +49,8 @@ def card(config: Config, progress: Progress, scores: dict[str, Score], chat: Cha
     """A policy's model card. `scores`: of the tests before and after training, as far as they are known; `folder`:
     where the policy lies."""
     countdown, embedded = config.task.task == "countdown", config.model == TINY
+    adapter = bool(config.machine.lora_rank)
+    tags = ["reinforcement-learning", *(["tree-search"] if config.tree else []), *(["countdown"] if countdown else [])]
     front = {"license": "apache-2.0"}
     base = "the embedded policy of the kit, 1.7 million parameters, Apache-2.0"
     limits = "It knows numbers from 1 to 13."
@@ -58,9 +60,9 @@ def card(config: Config, progress: Progress, scores: dict[str, Score], chat: Cha
         base = f"{config.model}; its licence holds for this policy too"
         limits = "It may have lost other abilities of its base."
     front |= {
-        "library_name": "peft" if config.machine.lora_rank else "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["reinforcement-learning", "tree-search", *(["countdown"] if countdown else [])],
+        "tags": tags,
     }
     problem = chat.task.problems("validation", 1)[0]
     messages = [message for message in chat.task.prompt(problem) if chat.can_spell(message["content"])]
@@ -74,7 +76,8 @@ def card(config: Config, progress: Progress, scores: dict[str, Score], chat: Cha
         command=command(config),
         scores=table(scores),
         folder=folder,
-        messages=json.dumps(messages),
+        note=f"An adapter: it needs `pip install peft` and its base, `{config.model}`.\n\n" if adapter else "",
+        messages=messages,
         max_tokens=config.task.max_tokens,
         temperature=config.measuring.eval_temperature,
         limits=limits,

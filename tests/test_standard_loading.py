@@ -1,25 +1,29 @@
 """transformers' own loading gives what the kit gives: tokens, logits, answers; and a model card says how."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from config import TINY
+from config import TINY, Config
 from countdown import make_problems, prompt
 from experiments.pretrain import PretrainConfig, games
 from policy import left_pad
 from ppo import collect_samples, train
+from runtime import model_card
 from runtime.files import is_whole
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
 from runtime.weights import save_policy
-from sampling import SamplingParams
+from sampling import Progress, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +76,9 @@ def test_a_saved_policy_loads_in_the_usual_way(rank, tmp_path):
     with torch.no_grad():
         ours = policy.head(policy.hidden(ids, attention, use_cache=False).last_hidden_state)
         assert (standard(ids).logits - ours).abs().max() < 1e-4
+        if rank:
+            adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+            assert (adapter(ids).logits - ours).abs().max() < 1e-4
     generate = pipeline("text-generation", model=str(tmp_path))
     answer = generate(prompt(problem), max_new_tokens=64, do_sample=False)[0]["generated_text"][-1]["content"]
     assert answer.strip() == kit_answer(policy, problem)
@@ -106,5 +113,16 @@ def test_a_model_card_tells_what_it_is_and_its_code_runs(rank, tiny_config, monk
     _, front, _ = card.split("---\n", 2)
     settings = {line.partition(": ")[0]: json.loads(line.partition(": ")[2]) for line in front.splitlines()}
     assert settings["library_name"] == ("peft" if rank else "transformers") and settings["license"] == "other"
+    assert "tree-search" not in settings["tags"] and ("`pip install peft`" in card) == bool(rank)
     run_code(card)
     assert "Not tested yet" in (config.folder / "checkpoint" / "README.md").read_text(encoding="utf-8")
+
+
+def test_lines_of_use_are_python_whatever_folder_and_prompt():
+    """Prevents lines of use that do not run: a Windows folder whose \\n would be a line break, quotes, emoji."""
+    folder, text = 'C:\\new\\the "best"', "{3} 'and' \\n \N{PARTY POPPER}"
+    task = SimpleNamespace(problems=lambda split, count: [0], prompt=lambda _: [{"role": "user", "content": text}])
+    chat = SimpleNamespace(task=task, can_spell=lambda _: True)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card.card(Config(), Progress(), {}, chat, folder), re.S)
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert folder in texts and text in texts
