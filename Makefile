@@ -1,4 +1,4 @@
-# Two commands: `make run` and `make test`. Their first call makes .venv and installs, which takes minutes.
+# Three commands: `make run`, `make play` and `make test`. Their first call makes .venv and installs, which takes minutes.
 PYTHON ?= python3
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 REQUIREMENTS := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)

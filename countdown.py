@@ -361,7 +361,7 @@ class Countdown:
         return verify(text, problem)
 
     def parse(self, text: str) -> Problem:
-        words = text.replace("→", " ").split()
+        words = re.sub("[,→]", " ", text).split()
         if len(words) < 2 or not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words):
             raise ValueError(f"a problem is numbers from 1 to 999,999,999, the target last (3 5 7 9 44), not {text!r}")
         *numbers, target = map(int, words)

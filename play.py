@@ -1,6 +1,6 @@
 """Play: the policy before and after training at a problem of your own, and the search at work.
 
-python play.py 3 5 7 9 44                         # the newest run beside its base: answers of 64 samples
+python play.py 3 5 7 9 44                         # the newest run and the model it began with: 64 answers each
 python play.py runs/mcts-tiny-seed0 3 5 7 9 44    # a run, a saved policy or a Hugging Face model
 python play.py 3 5 7 9 44 --search                # the tree too, while it grows
 python play.py                                    # goes on asking for problems

@@ -1,6 +1,6 @@
 """A task of one's own, explained in docs/your_task.md: add up four numbers, step by step, with + alone.
 
-python ppo.py --search mcts --task docs/sums.py:Sums
+python ppo.py --search mcts --task docs/sums.py:Sums --out runs/sums
 """
 
 import re

@@ -248,3 +248,47 @@ def beside_the_post(folders: list[Path]):
         axis.tick_params(axis="x", labelsize=8)
         open_frame(axis)
     return figure
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+def solved_within(tokens: list[int | None], budgets: np.ndarray) -> np.ndarray:
+    """The share of problems that are solved within each budget. `tokens`: of each problem until its first right
+    answer, None if there was none. [budgets]"""
+    spent = np.array([np.inf if count is None else count for count in tokens])  # [problems]
+    return (spent[:, None] <= budgets).mean(0)
+
+
+def operator_map(files: list[Path]):
+    """Problems solved against the tokens that each may take, from files of `experiments.operators`: trees by their
+    critic, samples and beams beside them. A beam stands at the mean tokens of the problems that it solves. A panel for
+    each width of the trees."""
+    found: dict[str, list[int | None]] = {}
+    for file in files:
+        found |= json.loads(file.read_text(encoding="utf-8"))["tokens"]
+    widths = sorted({int(name.split()[1].rstrip(",")) for name in found if name.startswith("tree")})
+    budgets = np.geomspace(40, 4_000, 60)
+    figure, axes = plt.subplots(1, len(widths), figsize=(6 * len(widths), 4.2), layout="constrained", sharey=True)
+    for axis, width in zip(np.atleast_1d(axes), widths):
+        errors = sorted(name for name in found if name.startswith(f"tree {width}, error"))
+        for i, name in enumerate(errors):
+            shade = plt.get_cmap("viridis")(i / max(len(errors), 1))
+            label = f"tree, critic wrong in {100 * float(name.split()[-1]):.0f} % of states"
+            axis.plot(budgets, 100 * solved_within(found[name], budgets), color=shade, label=label)
+        styles = {f"tree {width}, none": ("tree, V = 0", "k:"), "samples": ("independent samples", "r--")}
+        for name, (label, style) in styles.items():
+            axis.plot(budgets, 100 * solved_within(found[name], budgets), style, label=label)
+        for name in (name for name in found if name.startswith("beam")):
+            n = int(name.split()[1])
+            solved = [count for count in found[name] if count is not None]
+            axis.plot(np.mean(solved), 100 * len(solved) / len(found[name]), "rD", markersize=5)
+            axis.annotate(f"beam {n}", (np.mean(solved), 100 * len(solved) / len(found[name])), fontsize=8, va="bottom")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_xlabel("tokens that a problem may take")
+        axis.set_title(f"trees with up to {width} children", fontsize=10)
+        open_frame(axis)
+    np.atleast_1d(axes)[0].set_ylabel("problems solved, %")
+    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=8, loc="upper left")
+    return figure

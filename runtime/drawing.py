@@ -1,4 +1,4 @@
-"""Answers and trees as text on a terminal. A model has written the answers, so they lose their control characters."""
+"""Answers and trees as text on a terminal. A model has written them: control characters are taken out."""
 
 from itertools import zip_longest
 from shutil import get_terminal_size

@@ -1,6 +1,6 @@
 """What a run shows while it learns: answers to the same problems, and one problem's tree, at every evaluation.
 
-RUN/samples.jsonl      a line for each of the first WATCHED validation problems: an answer and its verdict
+RUN/samples.jsonl      at each evaluation a line for each of the first WATCHED validation problems: answer and verdict
 RUN/trees/STEP.json    the tree of the first of them, for method mcts
 
 Neither changes the run: their draws depend on the seed alone, and their tokens do not count.

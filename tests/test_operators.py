@@ -7,7 +7,7 @@ import pytest
 
 from config import TINY, SearchConfig
 from countdown import Countdown, Problem, make_problems, solvable
-from experiments import operators
+from experiments import figures, operators
 from experiments.operators import OperatorsConfig, erring_critic, numbers_left
 from runtime.loading import load_policy
 from runtime.torch_sampler import TorchSampler
@@ -93,3 +93,21 @@ def test_the_program_writes_each_operator_as_it_ends(tmp_path, monkeypatch, caps
     with pytest.raises(ValueError, match="each tree needs a cutoff"):
         OperatorsConfig(trees=(4,))
     assert Countdown(4).problems("validation", 3) == make_problems(3, "validation")
+
+
+def test_a_share_at_a_budget_counts_what_was_solved_within_it():
+    """Prevents a curve that counts problems which took more, or that falls."""
+    shares = figures.solved_within([10, None, 30, 30], np.array([9, 10, 29, 30, 100]))
+    assert shares.tolist() == [0, 0.25, 0.25, 0.75, 0.75]
+
+
+def test_the_map_has_a_panel_for_each_width(tmp_path):
+    """Prevents a critic's curve in the panel of another tree."""
+    names = ("samples", "beam 4", "tree 4, none", "tree 4, error 0", "tree 16, none", "tree 16, error 0.1")
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"tokens": {name: [50, None] for name in names}}), encoding="utf-8")
+    narrow, wide = figures.operator_map([file]).axes
+    assert [axis.get_title() for axis in (narrow, wide)] == [f"trees with up to {k} children" for k in (4, 16)]
+    labels = [[line.get_label() for line in axis.lines] for axis in (narrow, wide)]
+    assert "tree, critic wrong in 0 % of states" in labels[0] and "tree, critic wrong in 10 % of states" in labels[1]
+    assert "tree, critic wrong in 10 % of states" not in labels[0]
