@@ -233,18 +233,19 @@ def critic_searches():
 
 
 def beside_the_post(folders: list[Path]):
-    """The post's final scores and ours. Only the order can be compared: model, budget, seeds and temperature differ."""
-    groups, _ = tables.tested(folders)
-    scores = {name: tables.pooled(tables.scores_of(logs)) for name, logs in groups.items()}
-    middle, low, high = 100 * np.array(list(scores.values())).T
+    """The post's final scores and ours, both at temperature 0.2. Only the order can be compared: model, budget, N,
+    seeds and test problems differ."""
+    shares, _ = tables.evaluated([RESULTS / "cold" / "base.json", *cold_files(folders)])
+    scores = {name: 100 * np.array(tables.pooled(share)) for name, share in shares.items()}  # mean, low, high
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    axes[0].bar(list(POST), list(POST.values()), color=[GRAY, *map(color_of, list(POST)[1:])])
-    axes[0].set_title("the post: Qwen2.5-1.5B-Instruct, one seed, temperature 0.2", fontsize=9)
-    axes[1].bar(["base"], [base_score()], color=GRAY)
-    axes[1].bar(list(scores), middle, yerr=(middle - low, high - middle), color=[*map(color_of, scores)], capsize=3)
-    axes[1].set_title("this kit: 1.7 M parameters, five seeds, temperature 1", fontsize=9)
+    axes[0].bar(list(POST), list(POST.values()), color=[*map(color_of, POST)])
+    axes[0].set_title("the post: Qwen2.5-1.5B-Instruct, one seed", fontsize=9)
+    for name in [*POST, "none"]:
+        middle, low, high = scores[name]
+        axes[1].bar(name, middle, yerr=[[middle - low], [high - middle]], color=color_of(name), capsize=3)
+    axes[1].set_title("this kit: 1.7 M parameters, five seeds, 95 % intervals", fontsize=9)
+    axes[0].set_ylabel("test mean@16 at temperature 0.2, %")
     for axis in axes:
-        axis.set_ylabel("test mean@16, %")
         axis.tick_params(axis="x", labelsize=8)
         open_frame(axis)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from config import Config, preset_for
-from experiments import plots, tables
+from experiments import figures, plots, tables
 from runtime.cli import restore
 from runtime.run_folder import read_metrics, read_settings
 
@@ -403,3 +403,16 @@ def test_a_drawn_tree_is_readable():
     assert len(labels) == 25 and figure.get_figwidth() < 10
     assert {"1 + 1 = 41\nN 2  Q +0.00", "1 + 1 = 60\nN 1  Q +0.00"} <= set(labels)
     plots.plt.close(figure)
+
+
+def test_the_post_and_the_kit_are_shown_at_one_temperature():
+    """Prevents bars of two temperatures beside each other: the order of the methods depends on the temperature."""
+    folders = figures.runs_of("compare")
+    shares, settings = tables.evaluated(figures.cold_files(folders))
+    post, kit = figures.beside_the_post(folders).axes
+    assert settings["temperature"] == 0.2
+    assert [bar.get_height() for bar in post.patches] == [3.1, 7.7, 8.4, 11.3]  # the post's own numbers
+    order = [label.get_text() for label in kit.get_xticklabels()]
+    assert order == ["base", "best-of-n", "cispo", "mcts", "none"]
+    for name, bar in zip(order[1:], kit.patches[1:], strict=True):
+        assert bar.get_height() == pytest.approx(100 * shares[name].mean())
