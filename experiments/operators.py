@@ -32,6 +32,7 @@ import tyro
 from config import TINY_TREE, SearchConfig, check, check_ranges
 from countdown import Countdown, Problem, follow, make_problems, solvable
 from evaluate import best_of_budget
+from experiments.oracle import finder
 from mcts import Critic, plant, search
 from policy import Policy
 from runtime import cli
@@ -88,12 +89,10 @@ def numbers_left(policy: Policy, problem: Problem, completion: list[int]) -> tup
 
 def erring_critic(policy: Policy, problems: list[Problem], error: float, shared: bool, seed: int) -> Critic:
     """V = 1 where the target is in reach, else -1; in a share `error` of the states the opposite."""
-    by_prompt = {tuple(policy.encode(problem)): problem for problem in problems}
-    lengths = {len(prompt) for prompt in by_prompt}
+    find = finder(policy, problems)
 
     def value(state: list[int]) -> float:
-        length = next(n for n in lengths if tuple(state[:n]) in by_prompt)
-        problem, completion = by_prompt[tuple(state[:length])], state[length:]
+        problem, completion = find(state)
         left = numbers_left(policy, problem, completion)
         truth = left is not None and solvable(left, problem.target)
         errs = share_of(seed, problem, left if shared else tuple(completion)) < error

@@ -12,6 +12,7 @@ is in reach. In a search a right answer is worth 1 and any other -1.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -101,15 +102,25 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def perfect_critic(policy: Policy, problems: list[Problem]) -> Critic:
-    """A critic for `search` that knows the truth: 1 where the target is in reach, -1 where it is not or a rule was
-    broken."""
+def finder(policy: Policy, problems: list[Problem]) -> Callable[[list[int]], tuple[Problem, list[int]]]:
+    """A function that takes a state's tokens apart, as a critic needs it: its problem, and the answer so far."""
     by_prompt = {tuple(policy.encode(problem)): problem for problem in problems}
     lengths = {len(prompt) for prompt in by_prompt}
 
-    def value(tokens: list[int]) -> float:
+    def find(tokens: list[int]) -> tuple[Problem, list[int]]:
         length = next(n for n in lengths if tuple(tokens[:n]) in by_prompt)
-        problem, completion = by_prompt[tuple(tokens[:length])], tokens[length:]
+        return by_prompt[tuple(tokens[:length])], tokens[length:]
+
+    return find
+
+
+def perfect_critic(policy: Policy, problems: list[Problem]) -> Critic:
+    """A critic for `search` that knows the truth: 1 where the target is in reach, -1 where it is not or a rule was
+    broken."""
+    find = finder(policy, problems)
+
+    def value(tokens: list[int]) -> float:
+        problem, completion = find(tokens)
         start = ([], tuple(sorted(problem.numbers)))
         legal, left = [start, *states_of(policy, problem, completion)][-1]
         return 1.0 if legal == completion and solvable(left, problem.target) else -1.0

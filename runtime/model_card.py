@@ -10,7 +10,7 @@ from config import TINY, Config
 from runtime.chat import Chat
 from runtime.scores import Score
 from runtime.settings import command
-from sampling import Progress
+from sampling import Problem, Progress
 
 CARD = """\
 ---
@@ -45,9 +45,11 @@ It has learnt one task. {limits} Its answers were checked by a verifier, not by 
 """  # noqa: E501, a line of Markdown is a paragraph
 
 
-def card(config: Config, progress: Progress, scores: dict[str, Score], chat: Chat, folder: str) -> str:
-    """A policy's model card. `scores`: of the tests before and after training, as far as they are known; `folder`:
-    where the policy lies."""
+def card(
+    config: Config, progress: Progress, scores: dict[str, Score], chat: Chat, problem: Problem, folder: str
+) -> str:
+    """A policy's model card. `scores`: of the tests before and after training, as far as they are known; `problem`: the
+    example; `folder`: where the policy lies."""
     countdown, embedded = config.task.task == "countdown", config.model == TINY
     adapter = bool(config.machine.lora_rank)
     tags = ["reinforcement-learning", *(["tree-search"] if config.tree else []), *(["countdown"] if countdown else [])]
@@ -64,7 +66,6 @@ def card(config: Config, progress: Progress, scores: dict[str, Score], chat: Cha
         "pipeline_tag": "text-generation",
         "tags": tags,
     }
-    problem = chat.task.problems("validation", 1)[0]
     messages = [message for message in chat.task.prompt(problem) if chat.can_spell(message["content"])]
     return CARD.format(
         front="\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items()),

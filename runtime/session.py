@@ -208,7 +208,8 @@ class Session:
     def write_card(self, folder: Path) -> None:
         scores = {when: score for when, score in self.scores.items() if folder.name.startswith("policy")}
         place = str(self.run.folder / folder.name.removesuffix(".new"))
-        text = model_card.card(self.config, self.progress, scores, self.policy.chat, place)
+        example = self.problems["validation"][0]
+        text = model_card.card(self.config, self.progress, scores, self.policy.chat, example, place)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
     def checkpoint(self) -> None:

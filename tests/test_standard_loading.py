@@ -121,8 +121,8 @@ def test_a_model_card_tells_what_it_is_and_its_code_runs(rank, tiny_config, monk
 def test_lines_of_use_are_python_whatever_folder_and_prompt():
     """Prevents lines of use that do not run: a Windows folder whose \\n would be a line break, quotes, emoji."""
     folder, text = 'C:\\new\\the "best"', "{3} 'and' \\n \N{PARTY POPPER}"
-    task = SimpleNamespace(problems=lambda split, count: [0], prompt=lambda _: [{"role": "user", "content": text}])
+    task = SimpleNamespace(prompt=lambda _: [{"role": "user", "content": text}])
     chat = SimpleNamespace(task=task, can_spell=lambda _: True)
-    (code,) = re.findall(r"```python\n(.*?)```", model_card.card(Config(), Progress(), {}, chat, folder), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card.card(Config(), Progress(), {}, chat, 0, folder), re.S)
     texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert folder in texts and text in texts
